@@ -1,0 +1,270 @@
+"""One config to one cubin and its report, with no GPU; every rule that can stop a build is checked here.
+
+The steps: triton compiles the kernel to PTX for the config's arch, ptxas assembles it (for another arch in a
+verification build), and the SASS is read back for what the report states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from aot import BuildError
+from aot.configs import CHIPS, ELEMENT_BYTES, Config, cost_us, ctas_per_sm
+
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info holds the folder that was built in
+
+# What ptxas 12.9 reads. Triton would write newer PTX for sm_90, which only a 13.x ptxas assembles, and what that writes
+# needs a CUDA 13 driver.
+PTX_VERSION = 88
+
+TRITON_TYPES = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
+POINTERS = ("x_ptr", "weight_ptr", "scale_ptr", "shift_ptr", "out_ptr")
+SIZES = ("M", "N", "K")
+STRIDES = (
+    "stride_xm", "stride_xk", "stride_wn", "stride_wk", "stride_scale", "stride_shift", "stride_om", "stride_on"
+)  # fmt: skip
+# What an aligned kernel relies on; csrc/dispatch.cpp's why_not() is the other side of this promise.
+ALIGNED_UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_scale", "stride_shift", "stride_on")
+ALIGNED_DIVISIBLE_BY_16 = (*POINTERS, "stride_xm", "stride_wn", "stride_om", "K")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one cubin is, as printed and as written beside the wheel. Bytes and counts are per kernel or per thread."""
+
+    symbol: str
+    arch: int  # the cubin's
+    compiled_arch: int  # the PTX's
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    ctas_per_sm: dict[str, int]
+    stores_per_output: float  # global stores of an element, over the output elements of the tile: 1 is the rule
+    stores_in_loop: int
+    loop_mma: int  # matrix instructions in the main loop, a warp
+    mma: int  # in the whole kernel
+    fixed_us: float
+    step_us: float
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    config: Config
+    arguments: tuple[str, ...]  # the cubin's runtime parameters, in order
+    cubin: Path
+    report: Report
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit that triton's package carries."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not os.access(path, os.X_OK):
+        raise BuildError(f"missing tool: {name} is not in the installed triton package ({path})")
+    return str(path)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{Path(command[0]).name} failed ({done.returncode}): {(done.stderr or done.stdout).strip()}")
+    return done.stdout + done.stderr
+
+
+def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
+    """(types, constants, hints) for triton: an aligned kernel's promises become constants and divisibility."""
+    size_type = "i32" if config.aligned else "i64"
+    pointees = (config.x, config.weight, "f32", "f32", config.out)
+    types = {name: "*" + TRITON_TYPES[dtype] for name, dtype in zip(POINTERS, pointees)}
+    types |= dict.fromkeys(SIZES, size_type) | dict.fromkeys(STRIDES, "i64")
+    constants: dict[str, object] = dict.fromkeys(ALIGNED_UNIT_STRIDES, 1) if config.aligned else {}
+    constants |= {
+        "TILE_M": config.tile_m,
+        "TILE_N": config.tile_n,
+        "TILE_K": config.tile_k,
+        "GROUP_M": config.group_m,
+        "EPILOGUE_PARTS": config.epilogue_parts,
+        "ALIGNED": config.aligned,
+        "FP16_ACCUMULATE": config.fp16_accumulate,
+        "SYMBOL": config.symbol,
+    }
+    names = [*types, *(name for name in constants if name not in types)]
+    types |= dict.fromkeys(constants, "constexpr")
+    divisible = ALIGNED_DIVISIBLE_BY_16 if config.aligned else ()
+    return types, constants, {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+
+
+def to_ptx(config: Config) -> tuple[str, dict[str, int]]:
+    """(PTX, metadata) of one config."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from aot import kernels
+
+    types, constants, hints = signature(config)
+    source = ASTSource(fn=kernels.lbg_fused, signature=types, constexprs=constants, attrs=hints)
+    options = {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+        "ptx_version": PTX_VERSION,
+    }
+    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = cache  # ours is keyed by content and holds the report too
+        compiled = triton.compile(source, target=GPUTarget("cuda", config.arch, 32), options=options)
+    metadata = compiled.metadata
+    for scratch in ("global_scratch_size", "profile_scratch_size"):
+        if size := getattr(metadata, scratch):
+            raise BuildError(f"{config.symbol}: {scratch} is {size}; a launcher passes no scratch memory, so it must be 0")
+    return compiled.asm["ptx"], {"shared_bytes": metadata.shared}
+
+
+def assemble(ptx: str, arch: int, cubin: Path) -> tuple[int, int, int]:
+    """Writes the cubin; returns (registers, spill bytes, stack bytes) as ptxas tells them."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        target = f"sm_{arch}a" if f".target sm_{arch}a" in ptx else f"sm_{arch}"  # wgmma is of sm_90a only
+        log = _run(tool("ptxas"), "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", str(source), "-o", str(cubin))
+    found = [re.search(pattern, log) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")]
+    spill_loads = re.search(r"(\d+) bytes spill loads", log)
+    if not all(found) or not spill_loads:
+        raise BuildError(f"ptxas told no registers or spills: {log.strip()}")
+    registers, spill_stores, stack = (int(match[1]) for match in found if match)
+    return registers, spill_stores + int(spill_loads[1]), stack
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str
+    branch_to: int | None
+
+
+def disassemble(cubin: Path) -> list[Instruction]:
+    text = _run(tool("cuobjdump"), "-sass", str(cubin))
+    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+    return [
+        Instruction(int(address, 16), opcode, int(to[1], 16) if opcode.startswith("BRA") and (to := re.search(r"0x([0-9a-f]+)", rest)) else None)
+        for address, opcode, rest in pattern.findall(text)
+    ]  # fmt: skip
+
+
+def is_mma(instruction: Instruction) -> bool:
+    return instruction.opcode.split(".")[0] in ("HMMA", "HGMMA")
+
+
+def store_bytes(instruction: Instruction) -> int:
+    parts = instruction.opcode.split(".")
+    if parts[0] != "STG":
+        return 0
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    return next((widths[part] for part in parts if part in widths), 4)
+
+
+def loops(sass: list[Instruction]) -> list[list[Instruction]]:
+    """Loop bodies: what lies between a backward branch and its target. The trap at the end branches to itself."""
+    return [
+        [inner for inner in sass if branch.branch_to <= inner.address <= branch.address]
+        for branch in sass
+        if branch.branch_to is not None and branch.branch_to < branch.address
+    ]
+
+
+def check(config: Config, report: Report) -> None:
+    """Raises BuildError for a kernel that must not be shipped."""
+    limit = CHIPS[report.arch].shared_block_bytes
+    if CHIPS[config.arch].shared_block_bytes < limit:
+        limit = CHIPS[config.arch].shared_block_bytes
+    name = f"{config.symbol} (sm_{report.arch})"
+    if config.aligned and report.spill_bytes:
+        raise BuildError(f"{name}: a fast kernel spills {report.spill_bytes} bytes; take a smaller tile or more warps")
+    if report.stores_per_output != 1 or report.stores_in_loop:
+        raise BuildError(
+            f"{name}: an intermediate store: {report.stores_per_output:g} stores per output element, "
+            f"{report.stores_in_loop} inside a loop; the rule is 1 and 0"
+        )
+    if report.shared_bytes > limit:
+        raise BuildError(f"{name}: {report.shared_bytes} bytes of shared memory a block; the limit is {limit}")
+    if not report.mma:
+        raise BuildError(f"{name}: no matrix instruction; it would run on the plain cores")
+
+
+def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
+    """Compiles, assembles, reads back and checks one config."""
+    start = time.perf_counter()
+    ptx, metadata = to_ptx(config)
+    registers, spill, stack = assemble(ptx, cubin_arch, cubin)
+    sass = disassemble(cubin)
+    bodies = loops(sass)
+    ctas = ctas_per_sm(config, registers, metadata["shared_bytes"])
+    fixed_us, step_us = cost_us(config, max(1, ctas["all"]))
+    outputs = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]
+    report = Report(
+        symbol=config.symbol,
+        arch=cubin_arch,
+        compiled_arch=config.arch,
+        tile=config.tile,
+        warps=config.warps,
+        stages=config.stages,
+        registers=registers,
+        spill_bytes=spill,
+        stack_bytes=stack,
+        shared_bytes=metadata["shared_bytes"],
+        ctas_per_sm=ctas,
+        stores_per_output=sum(map(store_bytes, sass)) * config.warps * 32 / outputs,
+        stores_in_loop=sum(bool(store_bytes(i)) for body in bodies for i in body),
+        loop_mma=max((sum(map(is_mma, body)) for body in bodies), default=0),
+        mma=sum(map(is_mma, sass)),
+        fixed_us=round(fixed_us, 4),
+        step_us=round(step_us, 4),
+        size_bytes=cubin.stat().st_size,
+        seconds=round(time.perf_counter() - start, 2),
+    )
+    check(config, report)
+    types, constants, _ = signature(config)
+    return Artifact(config, tuple(name for name in types if name not in constants), cubin, report)
+
+
+def cache_key(config: Config, cubin_arch: int) -> str:
+    """Changes with whatever the cubin or its report depends on, and with nothing else."""
+    import triton
+
+    here = Path(__file__).parent
+    sources = "".join(here.joinpath(name).read_text() for name in ("kernels.py", "compile.py"))
+    chips = repr((CHIPS[config.arch], CHIPS[cubin_arch], cost_us(config, 1)))
+    text = "\n".join((triton.__version__, sources, chips, json.dumps(asdict(config)), str(cubin_arch)))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def cached(config: Config, cubin_arch: int, cache: Path) -> tuple[Artifact, bool]:
+    """(artifact, whether it was compiled now). A kernel that breaks a rule never enters the cache."""
+    key = cache_key(config, cubin_arch)
+    cubin, record = cache / f"{key}.cubin", cache / f"{key}.json"
+    if cubin.exists() and record.exists():
+        data = json.loads(record.read_text())
+        return Artifact(config, tuple(data["arguments"]), cubin, Report(**data["report"])), False
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = cache / f"{key}.{os.getpid()}.partial"
+    artifact = build(config, cubin_arch, partial)
+    partial.replace(cubin)
+    scratch = partial.with_suffix(".json")
+    scratch.write_text(json.dumps({"arguments": artifact.arguments, "report": asdict(artifact.report)}, indent=1))
+    scratch.replace(record)  # last, so that an interrupted build leaves no record without its cubin
+    return Artifact(config, artifact.arguments, cubin, artifact.report), True

@@ -1,0 +1,134 @@
+"""The kernel family: one Triton function, compiled once for every row of configs.py.
+
+    y[m, n] = relu(gelu((sum_k x[m, k] * weight[n, k]) * scale[n] + shift[n]))
+
+An aligned kernel takes rows that start on 16-byte boundaries, so that every main-loop load is an unmasked 16-byte
+copy; a generic one takes any strides and masks. Both add the products of a row in the same order (K ascending, 16 at
+a time), which is what makes a row's bits the same in every kernel.
+"""
+
+import triton
+import triton.language as tl
+
+# fp16_accumulate sums this many products in float16 before it adds them to the float32 accumulator. It is part of
+# the result's definition (every kernel of that mode has this chunk), not a tuning choice.
+FP16_CHUNK = 64
+
+
+def _symbol(specialization) -> str:
+    return specialization.constants["SYMBOL"]
+
+
+@triton.jit
+def relu_gelu(v):
+    """relu(gelu(v)) in float32 for the exact-erf GELU: max(v, 0) * Phi(v), within 4e-7 * max(1, |y|).
+
+    Only v > 0 needs Phi, and there log2(1 - Phi(r)) is smooth: p(r) is its degree-5 minimax fit on [0, 8], weighted by
+    what an error in it does to y (tests/fit_epilogue.py derives it). One exp2 and no division, where erf needs twice
+    the instructions and the registers to match. p falls past 8, so a large r gives r * (1 - 0); +inf gives +inf, -inf
+    gives 0, and maximum passes NaN on.
+    """
+    r = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    p = -0.000498822657391429 * r + 0.007251454051584005
+    p = p * r - 0.05221185088157654
+    p = p * r - 0.4596138000488281
+    p = p * r - 1.1509404182434082
+    p = p * r - 1.0000189542770386
+    return r * (1.0 - tl.exp2(p))
+
+
+@triton.jit
+def lbg_fused(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_scale,
+    stride_shift,
+    stride_om,
+    stride_on,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EPILOGUE_PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FP16_ACCUMULATE: tl.constexpr,
+    SYMBOL: tl.constexpr,
+):
+    # Tiles are walked GROUP_M rows of tiles at a time, column by column within a group, so that the tiles in flight
+    # share their rows of x and of weight in L2.
+    tiles_m = tl.cdiv(M, TILE_M)
+    tiles_n = tl.cdiv(N, TILE_N)
+    tile = tl.program_id(0)
+    group_first = (tile // (GROUP_M * tiles_n)) * GROUP_M
+    group_rows = tl.minimum(tiles_m - group_first, GROUP_M)
+    in_group = tile % (GROUP_M * tiles_n)
+    offs_m = (group_first + in_group % group_rows) * TILE_M + tl.arange(0, TILE_M)
+    tile_n = in_group // group_rows
+    offs_n = tile_n * TILE_N + tl.arange(0, TILE_N)
+    offs_k = tl.arange(0, TILE_K)
+    # Rows past the edge read the last row again instead of being masked: the loop stays free of predicates, and what
+    # they compute is not stored.
+    rows_x = tl.minimum(offs_m, M - 1).to(tl.int64)
+    rows_w = tl.minimum(offs_n, N - 1).to(tl.int64)
+    x_ptrs = x_ptr + rows_x[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    w_ptrs = weight_ptr + rows_w[None, :] * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
+
+    acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
+    if ALIGNED:
+        full = K // TILE_K * TILE_K
+        for _ in range(0, full, TILE_K):
+            acc = multiply_add(tl.load(x_ptrs), tl.load(w_ptrs), acc, FP16_ACCUMULATE)
+            x_ptrs += TILE_K * stride_xk
+            w_ptrs += TILE_K * stride_wk
+        if full < K:
+            x = tl.load(x_ptrs, mask=offs_k[None, :] < K - full, other=0.0)
+            w = tl.load(w_ptrs, mask=offs_k[:, None] < K - full, other=0.0)
+            acc = multiply_add(x, w, acc, FP16_ACCUMULATE)
+    else:
+        for k in range(0, K, TILE_K):
+            x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+            w = tl.load(w_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+            acc = multiply_add(x, w, acc, FP16_ACCUMULATE)
+            x_ptrs += TILE_K * stride_xk
+            w_ptrs += TILE_K * stride_wk
+
+    # Each part is finished and stored before the next is begun: fewer results live at once, so none is spilled.
+    PART_N: tl.constexpr = TILE_N // EPILOGUE_PARTS
+    parts = column_parts(acc, TILE_M, TILE_N, EPILOGUE_PARTS)
+    for part in tl.static_range(EPILOGUE_PARTS):
+        cols = tile_n * TILE_N + part * PART_N + tl.arange(0, PART_N)
+        cols_read = tl.minimum(cols, N - 1).to(tl.int64)
+        scale = tl.load(scale_ptr + cols_read * stride_scale)
+        shift = tl.load(shift_ptr + cols_read * stride_shift)
+        y = relu_gelu(parts[part] * scale[None, :] + shift[None, :])
+        out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * stride_om + cols[None, :].to(tl.int64) * stride_on
+        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (cols[None, :] < N))
+
+
+@triton.jit
+def column_parts(acc, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PARTS: tl.constexpr):
+    """acc's columns as PARTS (1 or 2) tensors of equal width, left to right."""
+    if PARTS == 1:
+        return (acc,)
+    else:
+        return acc.reshape(TILE_M, 2, TILE_N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def multiply_add(x, w, acc, FP16_ACCUMULATE: tl.constexpr):
+    """acc + x @ w, x rounded to w's dtype (a float32 x never exists in 16 bits outside registers)."""
+    x = x.to(w.dtype)
+    if FP16_ACCUMULATE:
+        return acc + tl.dot(x, w, out_dtype=tl.float16).to(tl.float32)
+    return tl.dot(x, w, acc)
+

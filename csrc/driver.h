@@ -1,0 +1,69 @@
+// libcuda, opened on first use: the few entry points lbg calls, declared by hand so that no CUDA toolkit is needed.
+// Signatures and values are those of the CUDA driver API, stable since CUDA 12.0.
+#pragma once
+
+#include <cstddef>
+
+#include "lbg.h"
+
+namespace lbg {
+
+using CUresult = int;
+using CUdevice = int;
+using CUcontext = struct CUctx_st*;
+using CUlibrary = struct CUlib_st*;
+using CUkernel = struct CUkern_st*;
+using CUstream = struct CUstream_st*;
+
+constexpr CUresult CUDA_SUCCESS = 0;
+constexpr int CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
+constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
+constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
+constexpr int CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;
+constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
+constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
+
+// name, parameters: what follows the function's own name in the driver's headers
+#define LBG_DRIVER_FUNCTIONS(F)                                                                                      \
+  F(cuInit, (unsigned flags))                                                                                        \
+  F(cuDriverGetVersion, (int* version))                                                                              \
+  F(cuGetErrorName, (CUresult code, const char** text))                                                              \
+  F(cuGetErrorString, (CUresult code, const char** text))                                                            \
+  F(cuDeviceGetCount, (int* count))                                                                                  \
+  F(cuDeviceGet, (CUdevice * device, int ordinal))                                                                   \
+  F(cuDeviceGetName, (char* text, int bytes, CUdevice device))                                                       \
+  F(cuDeviceGetAttribute, (int* value, int attribute, CUdevice device))                                              \
+  F(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                                                \
+  F(cuCtxGetCurrent, (CUcontext * context))                                                                          \
+  F(cuCtxPushCurrent_v2, (CUcontext context))                                                                        \
+  F(cuCtxPopCurrent_v2, (CUcontext * context))                                                                       \
+  F(cuThreadExchangeStreamCaptureMode, (int* mode))                                                                  \
+  F(cuLibraryLoadData, (CUlibrary * library, const void* image, int* jit_options, void** jit_values,                 \
+                        unsigned jit_count, int* options, void** values, unsigned count))                            \
+  F(cuLibraryUnload, (CUlibrary library))                                                                            \
+  F(cuLibraryGetKernel, (CUkernel * kernel, CUlibrary library, const char* symbol))                                  \
+  F(cuKernelSetAttribute, (int attribute, int value, CUkernel kernel, CUdevice device))                              \
+  F(cuLaunchKernel, (CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,           \
+                     unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** params,      \
+                     void** extra))
+
+struct Driver {
+#define LBG_MEMBER(function, parameters) CUresult(*function) parameters;
+  LBG_DRIVER_FUNCTIONS(LBG_MEMBER)
+#undef LBG_MEMBER
+};
+
+// The driver, opened and initialised; a failure is reported and tried again by the next call.
+Status driver(const Driver** out);
+
+// "cuLaunchKernel failed: CUDA_ERROR_INVALID_VALUE (1): invalid argument"
+Status failure(const Driver& driver, const char* function, CUresult code);
+
+// Calls a driver function and returns its failure from the enclosing function.
+#define LBG_DRIVER_CALL(driver, function, ...)                                         \
+  do {                                                                                 \
+    const ::lbg::CUresult code_ = (driver).function(__VA_ARGS__);                      \
+    if (code_ != ::lbg::CUDA_SUCCESS) return ::lbg::failure(driver, #function, code_); \
+  } while (0)
+
+}  // namespace lbg

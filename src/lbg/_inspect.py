@@ -1,0 +1,188 @@
+"""What is shipped, what would run and why, and how to choose otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lbg import _checks
+from lbg._ops import extension
+
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # csrc/lbg.h, DType
+
+
+@dataclass(frozen=True)
+class Config:
+    """One shipped kernel. Sizes in elements unless they say bytes; dtypes by PyTorch's names."""
+
+    symbol: str
+    arch: int  # the compute capability it runs on, 89 for 8.9
+    compiled_arch: int  # what it was compiled for: another arch only in a verification build
+    x: str
+    weight: str
+    out: str
+    fp16_accumulate: bool
+    aligned: bool  # False: the generic kernel of its class, which takes any strides
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    warps: int
+    stages: int
+    shared_bytes: int
+    registers: int
+    ctas_per_sm: int
+    fixed_us: float  # predicted time of a wave of CTAs: fixed_us + K steps * step_us
+    step_us: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shipped kernel as seen from one call: a predicted time in microseconds, or the reason it cannot run."""
+
+    config: Config
+    predicted_us: float | None
+    why_not: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would run. `chosen` is None on the CPU and where no kernel is needed; `why` says so."""
+
+    chosen: Config | None
+    why: str
+    candidates: tuple[Candidate, ...]  # of the call's dtypes and mode on this arch, the chosen first
+
+    def __str__(self) -> str:
+        lines = [self.why]
+        for candidate in self.candidates:
+            mark = "->" if candidate.config is self.chosen else "  "
+            time = "" if candidate.predicted_us is None else f"predicted {candidate.predicted_us:.1f} us"
+            lines.append(f"{mark} {candidate.config.symbol:<48} {candidate.why_not or time}")
+        return "\n".join(lines)
+
+
+def configs() -> tuple[Config, ...]:
+    """Every shipped kernel, in the order in which dispatch considers them."""
+    return tuple(Config(**row) for row in json.loads(extension.configs()))
+
+
+def _gpu(device: int) -> tuple[str, int, int]:
+    error, name, arch, sm_count = extension.gpu(device)
+    if error:
+        raise RuntimeError(f"lbg: {error}")
+    return name, arch, sm_count
+
+
+def _index(device: torch.device | str | int | None) -> int:
+    if device is None:
+        return torch.cuda.current_device()
+    if isinstance(device, int):
+        return device
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise RuntimeError(f"lbg: kernels are loaded on CUDA devices only; got {device}")
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def warmup(device: torch.device | str | int | None = None) -> int:
+    """Loads every kernel shipped for a CUDA device (the current one if None), so that no later call does.
+
+    Returns:
+        How many kernels were made ready.
+
+    Raises:
+        RuntimeError: not a CUDA device, no such device, a GPU that is not shipped for, no driver or one too old.
+    """
+    error, loaded = extension.warmup(_index(device))
+    if error:
+        raise RuntimeError(f"lbg: {error}")
+    return int(loaded)
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    fp16_accumulate: bool = False,
+    arch: int | None = None,
+    sm_count: int | None = None,
+) -> Explanation:
+    """Which kernel `fused(x, weight, ...)` would run, what it was chosen over, and why.
+
+    Args:
+        x, weight, out_dtype, fp16_accumulate: as for `fused`; nothing is read but shapes, strides and addresses.
+        arch, sm_count: ask for another GPU than x's, such as 89 and 128 for an RTX 4090; x may then be on any device.
+
+    Raises:
+        RuntimeError: the arguments are none that `fused` takes.
+        TypeError: only one of arch and sm_count is given.
+    """
+    if (arch is None) != (sm_count is None):
+        raise TypeError(f"lbg.explain takes arch and sm_count together; got {arch} and {sm_count}")
+    n, k = weight.shape if weight.dim() == 2 else (0, 0)
+    vector = torch.empty(n, dtype=torch.float32, device="meta").to(x.device) if x.is_meta else x.new_empty(n, dtype=torch.float32)
+    result = _checks.check(x, weight, vector, vector, out_dtype, fp16_accumulate)
+    if arch is None or sm_count is None:
+        if not x.is_cuda:
+            return Explanation(None, f"x is on {x.device}: PyTorch's operators run, no kernel of lbg", ())
+        name, arch, sm_count = _gpu(_index(x.device))
+    else:
+        name = f"an sm_{arch} GPU"
+    rows = x.numel() // k if k else x[..., :1].numel() if x.dim() > 1 else 1
+    flat = x.reshape(-1, k) if k else x
+    if rows == 0 or n == 0:
+        return Explanation(None, "the result is empty: nothing is launched", ())
+    addresses = [0 if tensor.is_meta else tensor.data_ptr() for tensor in (x, weight)]
+    stride_xm = flat.stride(0) if flat.dim() == 2 and flat.data_ptr() == x.data_ptr() else k
+    text = extension.explain(
+        _DTYPES[x.dtype],
+        _DTYPES[weight.dtype],
+        _DTYPES[result],
+        int(fp16_accumulate),
+        (rows, n, k),
+        (stride_xm, x.stride(-1), weight.stride(0), weight.stride(1), 1, 1, n, 1),
+        int(all(address % 16 == 0 for address in addresses)),
+        arch,
+        sm_count,
+    )
+    wanted = (_checks.name(x.dtype), _checks.name(weight.dtype), _checks.name(result), fp16_accumulate)
+    chosen: Config | None = None
+    candidates: list[Candidate] = []
+    for config, (predicted_us, why_not, is_chosen) in zip(configs(), json.loads(text)):
+        if config.arch != arch or (config.x, config.weight, config.out, config.fp16_accumulate) != wanted:
+            continue
+        candidates.append(Candidate(config, predicted_us, why_not))
+        if is_chosen:
+            chosen = config
+    candidates.sort(key=lambda c: (c.config is not chosen, c.predicted_us is None, c.predicted_us or 0.0))
+    what = f"M={rows}, N={n}, K={k}, x {wanted[0]}, weight {wanted[1]}, result {wanted[2]} on {name}, {sm_count} SMs"
+    if chosen is None:
+        return Explanation(None, f"{what}: no shipped kernel can run", tuple(candidates))
+    forced = extension.get_override()
+    reason = "forced by lbg.override" if forced else "the lowest predicted time of those that can run"
+    return Explanation(chosen, f"{what}: {reason}", tuple(candidates))
+
+
+@contextmanager
+def override(symbol: str) -> Iterator[None]:
+    """Within this context, every call in the process runs the kernel of that name, or raises if it cannot.
+
+    Args:
+        symbol: as in `Config.symbol`.
+
+    Raises:
+        ValueError: no kernel of that name is shipped.
+    """
+    before = extension.get_override()
+    if error := extension.set_override(symbol):
+        raise ValueError(f"lbg: {error}")
+    try:
+        yield
+    finally:
+        extension.set_override(before)

@@ -61,7 +61,7 @@ def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path
             for index, config in enumerate(configs)
         }
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="cubins", unit="kernel"):
+            for future in tqdm(as_completed(futures), total=len(futures), desc="cubins", unit="kernel", disable=None):
                 done[futures[future]] = future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -73,7 +73,7 @@ def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path
     for index, config in enumerate(configs):
         made = done[index][0]
         path = cubins / f"{config.file}.cubin"
-        shutil.copy2(made.cubin, path)
+        shutil.copyfile(made.cubin, path)  # its time is now: ninja must see that it changed, to an older one too
         artifacts.append(Artifact(config, made.arguments, path, made.report))
     return artifacts, sum(fresh for _, fresh in done.values())
 
@@ -89,7 +89,9 @@ def report_table(reports: list[Report]) -> str:
     return "\n".join([head, *rows])
 
 
-def build(archs: list[int], verify_on: int | None, jobs: int, directory: Path) -> tuple[Path, dict[str, float], list[Report]]:
+def build(
+    archs: list[int], verify_on: int | None, jobs: int, directory: Path
+) -> tuple[Path, dict[str, float], list[Report]]:
     """The wheel and its report in `directory`; (wheel, seconds of each step, reports)."""
     from aot import emit, package
 
@@ -110,7 +112,9 @@ def build(archs: list[int], verify_on: int | None, jobs: int, directory: Path) -
     lap("extension")
     wheel = package.wheel(ROOT, version, library, directory)
     reports = [artifact.report for artifact in artifacts]
-    directory.joinpath(f"lbg-{version}.report.json").write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    directory.joinpath(f"lbg-{version}.report.json").write_text(
+        json.dumps([asdict(r) for r in reports], indent=1) + "\n"
+    )
     lap(f"wheel: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB")
     return wheel, seconds, reports
 
@@ -154,10 +158,19 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=["test"], help="what to do besides building")
-    parser.add_argument("--arch", type=arch_number, action="append", metavar="sm_XY",
-                        help="a GPU architecture to build for; repeat for several (default: sm_89 and sm_90)")  # fmt: skip
-    parser.add_argument("--verify-on", type=arch_number, metavar="sm_XY",
-                        help="assemble the PTX of the one --arch for this architecture instead: a verification build")  # fmt: skip
+    parser.add_argument(
+        "--arch",
+        type=arch_number,
+        action="append",
+        metavar="sm_XY",
+        help="a GPU architecture to build for; repeat for several (default: sm_89 and sm_90)",
+    )
+    parser.add_argument(
+        "--verify-on",
+        type=arch_number,
+        metavar="sm_XY",
+        help="assemble the PTX of the one --arch for this architecture instead: a verification build",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compile processes (default: one a core)")
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command != "test":

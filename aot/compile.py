@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from aot import BuildError
-from aot.configs import CHIPS, ELEMENT_BYTES, Config, cost_us, ctas_per_sm
+from aot.configs import CHIPS, ELEMENT_BYTES, Config, cost, ctas_per_sm
 
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info holds the folder that was built in
 
@@ -55,8 +55,7 @@ class Report:
     stores_in_loop: int
     loop_mma: int  # matrix instructions in the main loop, a warp
     mma: int  # in the whole kernel
-    fixed_us: float
-    step_us: float
+    cost: dict[str, float]
     size_bytes: int
     seconds: float
 
@@ -82,7 +81,8 @@ def tool(name: str) -> str:
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"{Path(command[0]).name} failed ({done.returncode}): {(done.stderr or done.stdout).strip()}")
+        said = "; ".join((done.stderr or done.stdout).strip().splitlines())
+        raise BuildError(f"{Path(command[0]).name} failed ({done.returncode}): {said}")
     return done.stdout + done.stderr
 
 
@@ -131,7 +131,11 @@ def to_ptx(config: Config) -> tuple[str, dict[str, int]]:
     metadata = compiled.metadata
     for scratch in ("global_scratch_size", "profile_scratch_size"):
         if size := getattr(metadata, scratch):
-            raise BuildError(f"{config.symbol}: {scratch} is {size}; a launcher passes no scratch memory, so it must be 0")
+            raise BuildError(
+                f"{config.symbol}: {scratch} is {size}; a launcher passes no scratch memory, so it must be 0"
+            )
+    if metadata.name != config.symbol:
+        raise BuildError(f"{config.symbol}: triton named the kernel {metadata.name}; a launcher would not find it")
     return compiled.asm["ptx"], {"shared_bytes": metadata.shared}
 
 
@@ -142,7 +146,10 @@ def assemble(ptx: str, arch: int, cubin: Path) -> tuple[int, int, int]:
         source.write_text(ptx)
         target = f"sm_{arch}a" if f".target sm_{arch}a" in ptx else f"sm_{arch}"  # wgmma is of sm_90a only
         log = _run(tool("ptxas"), "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", str(source), "-o", str(cubin))
-    found = [re.search(pattern, log) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")]
+    found = [
+        re.search(pattern, log)
+        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")
+    ]
     spill_loads = re.search(r"(\d+) bytes spill loads", log)
     if not all(found) or not spill_loads:
         raise BuildError(f"ptxas told no registers or spills: {log.strip()}")
@@ -160,10 +167,11 @@ class Instruction:
 def disassemble(cubin: Path) -> list[Instruction]:
     text = _run(tool("cuobjdump"), "-sass", str(cubin))
     pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
-    return [
-        Instruction(int(address, 16), opcode, int(to[1], 16) if opcode.startswith("BRA") and (to := re.search(r"0x([0-9a-f]+)", rest)) else None)
-        for address, opcode, rest in pattern.findall(text)
-    ]  # fmt: skip
+    instructions = []
+    for address, opcode, rest in pattern.findall(text):
+        to = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
+        instructions.append(Instruction(int(address, 16), opcode, int(to[1], 16) if to else None))
+    return instructions
 
 
 def is_mma(instruction: Instruction) -> bool:
@@ -193,7 +201,8 @@ def check(config: Config, report: Report) -> None:
     if CHIPS[config.arch].shared_block_bytes < limit:
         limit = CHIPS[config.arch].shared_block_bytes
     name = f"{config.symbol} (sm_{report.arch})"
-    if config.aligned and report.spill_bytes:
+    verification = report.arch != config.arch  # not shipped: what another arch's assembler spills there is no fault
+    if config.aligned and report.spill_bytes and not verification:
         raise BuildError(f"{name}: a fast kernel spills {report.spill_bytes} bytes; take a smaller tile or more warps")
     if report.stores_per_output != 1 or report.stores_in_loop:
         raise BuildError(
@@ -214,7 +223,6 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     sass = disassemble(cubin)
     bodies = loops(sass)
     ctas = ctas_per_sm(config, registers, metadata["shared_bytes"])
-    fixed_us, step_us = cost_us(config, max(1, ctas["all"]))
     outputs = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]
     report = Report(
         symbol=config.symbol,
@@ -232,8 +240,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         stores_in_loop=sum(bool(store_bytes(i)) for body in bodies for i in body),
         loop_mma=max((sum(map(is_mma, body)) for body in bodies), default=0),
         mma=sum(map(is_mma, sass)),
-        fixed_us=round(fixed_us, 4),
-        step_us=round(step_us, 4),
+        cost=asdict(cost(config)),
         size_bytes=cubin.stat().st_size,
         seconds=round(time.perf_counter() - start, 2),
     )
@@ -248,7 +255,7 @@ def cache_key(config: Config, cubin_arch: int) -> str:
 
     here = Path(__file__).parent
     sources = "".join(here.joinpath(name).read_text() for name in ("kernels.py", "compile.py"))
-    chips = repr((CHIPS[config.arch], CHIPS[cubin_arch], cost_us(config, 1)))
+    chips = repr((CHIPS[config.arch], CHIPS[cubin_arch], cost(config)))
     text = "\n".join((triton.__version__, sources, chips, json.dumps(asdict(config)), str(cubin_arch)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -262,8 +269,11 @@ def cached(config: Config, cubin_arch: int, cache: Path) -> tuple[Artifact, bool
         return Artifact(config, tuple(data["arguments"]), cubin, Report(**data["report"])), False
     cache.mkdir(parents=True, exist_ok=True)
     partial = cache / f"{key}.{os.getpid()}.partial"
-    artifact = build(config, cubin_arch, partial)
-    partial.replace(cubin)
+    try:
+        artifact = build(config, cubin_arch, partial)
+        partial.replace(cubin)
+    finally:
+        partial.unlink(missing_ok=True)
     scratch = partial.with_suffix(".json")
     scratch.write_text(json.dumps({"arguments": artifact.arguments, "report": asdict(artifact.report)}, indent=1))
     scratch.replace(record)  # last, so that an interrupted build leaves no record without its cubin

@@ -29,15 +29,17 @@ class Chip:
     shared_block_bytes: int  # most that one block can ask for
     mma_cycles: int  # between two m16n8k16 with fp32 accumulation, on one of the four sub-cores
     mma_cycles_fp16: int  # the same with fp16 accumulation
+    mma_efficiency: float  # of that rate, what a main loop reaches
     l2_bytes_per_us: int  # what one SM draws from L2 with all of them drawing
     latency_us: float  # of a load that misses L2
 
 
 CHIPS = {
     # HMMA rates: NVIDIA Ada whitepaper, 165.2 and 330.3 TFLOPS over 128 SMs at 2.52 GHz.
-    89: Chip("RTX 4090", 128, 2520, 65536, 48, 100 * 1024, 99 * 1024, 32, 16, 39_000, 0.6),
-    # 989 TFLOPS over 132 SMs at 1.83 GHz: both accumulation widths run at one rate.
-    90: Chip("H100 SXM", 132, 1830, 65536, 64, 228 * 1024, 227 * 1024, 4, 4, 41_000, 0.7),
+    89: Chip("RTX 4090", 128, 2520, 65536, 48, 100 * 1024, 99 * 1024, 32, 16, 0.95, 39_000, 0.6),
+    # 989 TFLOPS over 132 SMs at 1.83 GHz, one rate for both accumulation widths. Efficiency and L2 rate as measured on
+    # an H200 with these kernels: 16384x4096x4096 draws 6.4 GB through L2 in 1.0 ms.
+    90: Chip("H100 SXM", 132, 1830, 65536, 64, 228 * 1024, 227 * 1024, 4, 4, 0.75, 49_000, 0.7),
 }
 
 
@@ -74,14 +76,25 @@ class Config:
 
 
 # The tiles of one arch, in three kinds of class: 16-bit x, float32 x, and fp16_accumulate (whose K step is its chunk).
-# (tile_m, tile_n, tile_k, warps, stages), the last aligned row first for large M, then 64 rows, then 16 rows.
+# (tile_m, tile_n, tile_k, warps, stages), from large M to small. Times are medians on one H200, M x N=4096 x K=4096,
+# sm_89 rows through the verification build; 4 stages where they earn it against 3.
 TILES = {
-    (89, "x16"): ((128, 128, 32, 4, 3), (64, 64, 64, 4, 3), (16, 64, 128, 4, 3)),
-    (89, "x32"): ((128, 128, 32, 4, 3), (64, 64, 64, 4, 3), (16, 64, 128, 4, 3)),
-    (89, "acc16"): ((128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (16, 64, 64, 4, 3)),
-    (90, "x16"): ((128, 256, 64, 8, 3), (64, 64, 64, 4, 3), (16, 64, 128, 4, 3)),
-    (90, "x32"): ((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (16, 64, 128, 4, 3)),
-    (90, "acc16"): ((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (16, 64, 64, 4, 3)),
+    (89, "x16"): (
+        (128, 128, 32, 4, 3),  # M=16384: 1.54 ms; 2 CTAs an SM by registers, 64 KB of shared memory of 100
+        (64, 64, 64, 4, 3),  # M=256: 39.6 us, against 50 of 128x128
+        (64, 32, 128, 4, 4),  # M=64: 17.5 us, against 20.5 with 3 stages; one CTA an SM fills a 4090 at N=4096
+        (16, 32, 256, 4, 4),  # M=16: 12.3 us, against 13.6 with 3 stages; M=1: 16.6 against 19.7
+    ),
+    (89, "x32"): ((128, 128, 32, 4, 3), (64, 64, 64, 4, 3), (64, 32, 128, 4, 3), (16, 32, 256, 4, 3)),
+    (89, "acc16"): ((128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (16, 64, 64, 4, 3)),
+    (90, "x16"): (
+        (128, 256, 64, 8, 3),  # M=16384: 0.95 ms; the widest tile that 64 K registers hold
+        (64, 64, 128, 4, 3),  # M=256: 24.7 us, against 33.8 of 64x64x64
+        (64, 32, 128, 4, 4),  # M=64: 15.7 us, against 19.0 with 3 stages
+        (16, 32, 256, 4, 4),  # M=16: 13.0 us, against 14.2 with 3 stages; M=1: 17.3 against 20.2
+    ),
+    (90, "x32"): ((128, 256, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 128, 4, 3), (16, 32, 256, 4, 3)),
+    (90, "acc16"): ((64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (16, 64, 64, 4, 3)),
 }
 # Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements.
 GENERIC_TILE = {False: (64, 64, 32, 4, 2), True: (32, 64, 64, 4, 2)}
@@ -93,8 +106,9 @@ def configs() -> Iterator[Config]:
             for fp16_accumulate in (False, True) if weight == "f16" else (False,):
                 kind = "acc16" if fp16_accumulate else "x32" if x == "f32" else "x16"
                 for tile in TILES[arch, kind]:
-                    # A float32 result is twice as wide while it waits to be stored: in one part it spills.
-                    parts = 2 if out == "f32" and tile[0] * tile[1] >= 128 * 128 else 1
+                    # Large tiles finish in two parts: in one, float32 results spill, and float16 ones at M=16384 take
+                    # 1.69 ms for 1.62 (sm_89) and 1.11 for 1.08 (sm_90).
+                    parts = 2 if tile[0] * tile[1] >= 128 * 128 else 1
                     yield Config(arch, x, weight, out, fp16_accumulate, True, *tile, epilogue_parts=parts)
                 yield Config(arch, x, weight, out, fp16_accumulate, False, *GENERIC_TILE[fp16_accumulate])
 
@@ -115,20 +129,26 @@ def ctas_per_sm(config: Config, registers: int, shared_bytes: int) -> dict[str, 
     return limits | {"all": min(limits.values())}
 
 
-def cost_us(config: Config, ctas: int) -> tuple[float, float]:
-    """(fixed, per K step) microseconds of one wave of `ctas` co-resident CTAs an SM, modelled on the arch's chip.
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds, modelled on the arch's chip; csrc/dispatch.cpp's predicted_us puts them together."""
 
-    A step takes the longest of its matrix instructions, its bytes from L2, and its share of the load latency that the
-    pipeline's stages do not hide; a CTA pays one latency to fill the pipeline and its stores to leave.
-    """
+    fixed_us: float  # of a wave of CTAs: to fill the pipeline, and to store
+    step_us: float  # of one CTA's K step in matrix pipe or L2, whichever is slower: what CTAs on an SM add up
+    latency_us: float  # least time between two K steps of a CTA: the load latency that its stages do not hide
+
+
+def cost(config: Config) -> Cost:
     chip = CHIPS[config.arch]
     cycles = chip.mma_cycles_fp16 if config.fp16_accumulate else chip.mma_cycles
-    mma_us = config.tile_m * config.tile_n * config.tile_k / 2048 / 4 * cycles / chip.clock_mhz
-    step_bytes = config.tile_k * (
-        config.tile_m * ELEMENT_BYTES[config.x] + config.tile_n * ELEMENT_BYTES[config.weight]
-    )
+    mma = config.tile_m * config.tile_n * config.tile_k / 2048
+    mma_us = mma / 4 * cycles / chip.clock_mhz / chip.mma_efficiency
+    x_bytes, weight_bytes = ELEMENT_BYTES[config.x], ELEMENT_BYTES[config.weight]
     # Masked single-element copies move about an eighth of what 16-byte copies do.
-    load_us = step_bytes / chip.l2_bytes_per_us * (1 if config.aligned else 8)
+    load_us = config.tile_k * (config.tile_m * x_bytes + config.tile_n * weight_bytes) / chip.l2_bytes_per_us
+    load_us *= 1 if config.aligned else 8
     store_us = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out] / chip.l2_bytes_per_us
-    step_us = max(ctas * mma_us, ctas * load_us, chip.latency_us / (config.stages - 1))
-    return chip.latency_us + ctas * store_us, step_us
+    latency_us = chip.latency_us / (config.stages - 1)
+    # The two overlap, but not wholly: a tenth of the shorter shows.
+    step_us = max(mma_us, load_us) + min(mma_us, load_us) / 10
+    return Cost(*(round(us, 4) for us in (chip.latency_us + store_us, step_us, latency_us)))

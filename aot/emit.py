@@ -44,12 +44,13 @@ def launcher(index: int, artifact: Artifact) -> str:
 
 def row(index: int, artifact: Artifact) -> str:
     config, report = artifact.config, artifact.report
+    costs = ", ".join(map(str, report.cost.values()))
     flags = f"{str(config.fp16_accumulate).lower()}, {str(config.aligned).lower()}"
     return (
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '
         f"{C_DTYPES[config.out]}, {flags}, {config.tile_m}, {config.tile_n}, {config.tile_k}, {config.warps}, "
         f"{config.stages}, {report.shared_bytes}, {report.registers}, {max(1, report.ctas_per_sm['all'])}, "
-        f"{report.fixed_us}, {report.step_us}, lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
+        f"{costs}, lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
     )
 
 
@@ -84,7 +85,8 @@ const char* const kMinimumDriver = "{MINIMUM_DRIVER}";
 def embedded(artifacts: Sequence[Artifact], folder: Path) -> str:
     """An assembly file; paths are relative to `folder`, where the assembler runs."""
     blobs = "\n".join(
-        f'  .balign 64\n  .globl lbg_cubin_{index}\n  .hidden lbg_cubin_{index}\nlbg_cubin_{index}:\n  .incbin "{artifact.cubin.relative_to(folder)}"'
+        f"  .balign 64\n  .globl lbg_cubin_{index}\n  .hidden lbg_cubin_{index}\nlbg_cubin_{index}:\n"
+        f'  .incbin "{artifact.cubin.relative_to(folder)}"'
         for index, artifact in enumerate(artifacts)
     )
     return f'{HEADER}  .section .rodata\n{blobs}\n  .section .note.GNU-stack,"",@progbits\n'

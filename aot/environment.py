@@ -79,7 +79,7 @@ def pip(python: Path, *arguments: str) -> None:
 
 
 def enter(root: Path) -> None:
-    """Goes on in the build's own environment where this interpreter lacks a pinned requirement; does not return then."""
+    """Where this interpreter lacks a pinned requirement, goes on in the build's own environment and does not return."""
     if not missing(build_requirements(root)):
         return
     data = project(root)

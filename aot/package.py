@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from contextlib import contextmanager, redirect_stdout
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -32,12 +33,12 @@ def extension(root: Path, folder: Path) -> Path:
     folder.joinpath("exports.map").write_text(EXPORTS)
     with folder.joinpath("build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file)
-        # The prefix maps keep this machine's folders out of the binary.
+        # The prefix maps keep this machine's folders out of the binary; torch's may lie in root, and the last one wins.
         ninja.variable(
             "flags",
-            f"-std=c++20 -O2 -fPIC -fvisibility=hidden -fno-plt -Wall -Wextra -Werror -DTORCH_TARGET_VERSION={TORCH_TARGET} "
-            f"-I{root}/csrc -isystem {torch_folder}/include "
-            f"-ffile-prefix-map={torch_folder}=torch -ffile-prefix-map={root}=.",
+            "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror "
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -I{root}/csrc -isystem {torch_folder}/include "
+            f"-ffile-prefix-map={root}=. -ffile-prefix-map={torch_folder}=torch",
         )
         ninja.rule("compile", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         ninja.rule("assemble", f"{compiler} -c $in -o $out")
@@ -52,9 +53,7 @@ def extension(root: Path, folder: Path) -> Path:
         cubins = sorted(str(path.relative_to(folder)) for path in folder.glob("cubins/*.cubin"))
         objects += ninja.build("cubins.o", "assemble", "cubins.S", implicit=cubins)
         ninja.build("_C.abi3.so", "link", objects, implicit=["exports.map"])
-    done = subprocess.run(
-        [str(Path(BIN_DIR, "ninja")), "--quiet"], cwd=folder, capture_output=True, text=True
-    )
+    done = subprocess.run([str(Path(BIN_DIR, "ninja")), "--quiet"], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"the extension does not compile:\n{done.stdout}{done.stderr}")
     return folder / "_C.abi3.so"
@@ -77,8 +76,11 @@ def _reproducible(root: Path) -> Iterator[None]:
             del os.environ["SOURCE_DATE_EPOCH"]
 
 
-def _setup(root: Path, version: str, library: Path | None, *arguments: str) -> None:
-    """Runs setuptools' setup() with pyproject.toml's metadata, `version`, and the library as the extension."""
+def _setup(root: Path, version: str, library: Path | None, command: str, directory: Path) -> Path:
+    """Runs a setuptools command with pyproject.toml's metadata, `version`, and the library as the extension.
+
+    Returns what it wrote, moved into `directory` once it is whole.
+    """
     import setuptools
     from setuptools.command.build_ext import build_ext
     from setuptools.command.sdist import sdist
@@ -99,27 +101,34 @@ def _setup(root: Path, version: str, library: Path | None, *arguments: str) -> N
             super().add_defaults()
             for folder in ("aot", "csrc", "tests", "docs"):
                 self.filelist.extend(
-                    str(path) for path in sorted(Path(folder).rglob("*")) if path.is_file() and "__pycache__" not in path.parts
+                    str(path)
+                    for path in sorted(Path(folder).rglob("*"))
+                    if path.is_file() and "__pycache__" not in path.parts
                 )
             self.filelist.extend(["build.py", "CHANGELOG.md", "CONTRIBUTING.md"])
 
     output = StringIO()
-    base = root / "build" / "setuptools"
-    shutil.rmtree(base, ignore_errors=True)  # what an earlier build left there must not reach this wheel
-    base.mkdir(parents=True)
-    with _reproducible(root), redirect_stdout(output):
+    build = root / "build"
+    build.mkdir(exist_ok=True)
+    # A fresh folder each time: what an earlier build left must not reach this wheel.
+    with tempfile.TemporaryDirectory(dir=build) as base, _reproducible(root), redirect_stdout(output):
         setuptools.setup(
             distclass=Distribution,
             script_name="build.py",
-            script_args=["--quiet", *arguments],
+            script_args=["--quiet", command, "--dist-dir", f"{base}/dist"],
             ext_modules=[setuptools.Extension("lbg._C", [], py_limited_api=True)] if library else [],
             cmdclass={"build_ext": CopyLibrary, "sdist": WholeSource},
             options={
-                "build": {"build_base": str(base)},
-                "egg_info": {"egg_base": str(base)},
+                "build": {"build_base": base},
+                "egg_info": {"egg_base": base},
                 "bdist_wheel": {"py_limited_api": PYTHON_TAG, "plat_name": PLATFORM},
             },
         )
+        written = next(Path(base, "dist").iterdir())
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f"{written.name}.{os.getpid()}.partial"
+        shutil.copyfile(written, partial)
+        return partial.replace(directory / written.name)
 
 
 def version(root: Path, archs: list[int], verify_on: int | None) -> str:
@@ -128,15 +137,11 @@ def version(root: Path, archs: list[int], verify_on: int | None) -> str:
 
 
 def wheel(root: Path, built_version: str, library: Path, directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"lbg-{built_version}-{PYTHON_TAG}-abi3-{PLATFORM}.whl"
-    path.unlink(missing_ok=True)
-    _setup(root, built_version, library, "bdist_wheel", "--dist-dir", str(directory.resolve()))
-    if not path.exists():
-        raise BuildError(f"setuptools did not write {path.name} into {directory}")
+    path = _setup(root, built_version, library, "bdist_wheel", directory)
+    if path.name != f"lbg-{built_version}-{PYTHON_TAG}-abi3-{PLATFORM}.whl":
+        raise BuildError(f"setuptools named the wheel {path.name}; it must be {PYTHON_TAG}-abi3-{PLATFORM}")
     return path
 
 
 def sdist(root: Path, built_version: str, directory: Path) -> Path:
-    _setup(root, built_version, None, "sdist", "--formats", "gztar", "--dist-dir", str(directory.resolve()))
-    return directory / f"lbg-{built_version}.tar.gz"
+    return _setup(root, built_version, None, "sdist", directory)

@@ -1,4 +1,5 @@
 // Which kernel runs a problem: predicates first, then the lowest predicted time. Pure functions over the table.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <limits>
@@ -56,10 +57,11 @@ const char* why_not(const Config& c, const Problem& p, bool aligned_pointers, in
 }
 
 double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
-  const int64_t slots = int64_t{sm_count} * c.ctas_per_sm;
-  const int64_t waves = (tiles(c, p) + slots - 1) / slots;
-  const int64_t steps = (p.k + c.tile_k - 1) / c.tile_k;
-  return static_cast<double>(waves) * (c.fixed_us + static_cast<double>(steps) * c.step_us);
+  const int64_t ctas = tiles(c, p), slots = int64_t{sm_count} * c.ctas_per_sm;
+  const auto a_sm = static_cast<double>((ctas + sm_count - 1) / sm_count);
+  const auto waves = static_cast<double>((ctas + slots - 1) / slots);
+  const auto steps = static_cast<double>((p.k + c.tile_k - 1) / c.tile_k);
+  return waves * c.fixed_us + steps * std::max(a_sm * c.step_us, waves * c.latency_us);
 }
 
 namespace {

@@ -18,7 +18,8 @@ std::atomic<const Driver*> g_driver{nullptr};
 std::mutex g_mutex;
 
 Status open(Driver* out) {
-  const std::string needed = std::string("; lbg needs an NVIDIA driver for CUDA ") + kMinimumDriver + " or newer (525+)";
+  const std::string needed =
+      std::string("; lbg needs an NVIDIA driver for CUDA ") + kMinimumDriver + " or newer (525+)";
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
   if (!library) {
     const char* why = dlerror();
@@ -26,15 +27,16 @@ Status open(Driver* out) {
   }
   const auto find = [library](const char* symbol) { return dlsym(library, symbol); };
   auto* get_version = reinterpret_cast<CUresult (*)(int*)>(find("cuDriverGetVersion"));
+  if (!get_version) return {"libcuda.so.1 lacks cuDriverGetVersion" + needed};
   int version = 0;
-  if (!get_version || get_version(&version) != CUDA_SUCCESS) {
-    return {"libcuda.so.1 does not tell its version" + needed};
+  if (const CUresult code = get_version(&version); code != CUDA_SUCCESS) {
+    return {"libcuda.so.1 tells no version: cuDriverGetVersion failed (" + std::to_string(code) + ")" + needed};
   }
   if (version < kMinimumVersion) return {"the NVIDIA driver is for CUDA " + dotted(version) + needed};
   Driver found{};
-#define LBG_RESOLVE(function, parameters)                                               \
-  found.function = reinterpret_cast<CUresult(*) parameters>(find(#function));           \
-  if (!found.function) {                                                                \
+#define LBG_RESOLVE(function, parameters)                                                  \
+  found.function = reinterpret_cast<CUresult(*) parameters>(find(#function));              \
+  if (!found.function) {                                                                   \
     return {"the NVIDIA driver (CUDA " + dotted(version) + ") lacks " #function + needed}; \
   }
   LBG_DRIVER_FUNCTIONS(LBG_RESOLVE)

@@ -24,28 +24,28 @@ constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
 
 // name, parameters: what follows the function's own name in the driver's headers
-#define LBG_DRIVER_FUNCTIONS(F)                                                                                      \
-  F(cuInit, (unsigned flags))                                                                                        \
-  F(cuDriverGetVersion, (int* version))                                                                              \
-  F(cuGetErrorName, (CUresult code, const char** text))                                                              \
-  F(cuGetErrorString, (CUresult code, const char** text))                                                            \
-  F(cuDeviceGetCount, (int* count))                                                                                  \
-  F(cuDeviceGet, (CUdevice * device, int ordinal))                                                                   \
-  F(cuDeviceGetName, (char* text, int bytes, CUdevice device))                                                       \
-  F(cuDeviceGetAttribute, (int* value, int attribute, CUdevice device))                                              \
-  F(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                                                \
-  F(cuCtxGetCurrent, (CUcontext * context))                                                                          \
-  F(cuCtxPushCurrent_v2, (CUcontext context))                                                                        \
-  F(cuCtxPopCurrent_v2, (CUcontext * context))                                                                       \
-  F(cuThreadExchangeStreamCaptureMode, (int* mode))                                                                  \
-  F(cuLibraryLoadData, (CUlibrary * library, const void* image, int* jit_options, void** jit_values,                 \
-                        unsigned jit_count, int* options, void** values, unsigned count))                            \
-  F(cuLibraryUnload, (CUlibrary library))                                                                            \
-  F(cuLibraryGetKernel, (CUkernel * kernel, CUlibrary library, const char* symbol))                                  \
-  F(cuKernelSetAttribute, (int attribute, int value, CUkernel kernel, CUdevice device))                              \
-  F(cuLaunchKernel, (CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,           \
-                     unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** params,      \
-                     void** extra))
+#define LBG_DRIVER_FUNCTIONS(F)                                                                              \
+  F(cuInit, (unsigned flags))                                                                                \
+  F(cuDriverGetVersion, (int* version))                                                                      \
+  F(cuGetErrorName, (CUresult code, const char** text))                                                      \
+  F(cuGetErrorString, (CUresult code, const char** text))                                                    \
+  F(cuDeviceGetCount, (int* count))                                                                          \
+  F(cuDeviceGet, (CUdevice * device, int ordinal))                                                           \
+  F(cuDeviceGetName, (char* text, int bytes, CUdevice device))                                               \
+  F(cuDeviceGetAttribute, (int* value, int attribute, CUdevice device))                                      \
+  F(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                                        \
+  F(cuCtxGetCurrent, (CUcontext * context))                                                                  \
+  F(cuCtxPushCurrent_v2, (CUcontext context))                                                                \
+  F(cuCtxPopCurrent_v2, (CUcontext * context))                                                               \
+  F(cuThreadExchangeStreamCaptureMode, (int* mode))                                                          \
+  F(cuLibraryLoadData, (CUlibrary * library, const void* image, int* jit_options, void** jit_values,         \
+                        unsigned jit_count, int* options, void** values, unsigned count))                    \
+  F(cuLibraryUnload, (CUlibrary library))                                                                    \
+  F(cuLibraryGetKernel, (CUkernel * kernel, CUlibrary library, const char* symbol))                          \
+  F(cuKernelSetAttribute, (int attribute, int value, CUkernel kernel, CUdevice device))                      \
+  F(cuLaunchKernel,                                                                                          \
+    (CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
+     unsigned block_z, unsigned shared_bytes, CUstream stream, void** params, void** extra))
 
 struct Driver {
 #define LBG_MEMBER(function, parameters) CUresult(*function) parameters;

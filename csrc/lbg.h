@@ -50,7 +50,7 @@ struct Config {
   bool fp16_accumulate, aligned;
   int32_t tile_m, tile_n, tile_k, warps, stages;
   int32_t shared_bytes, registers, ctas_per_sm;
-  double fixed_us, step_us;  // predicted_us's constants
+  double fixed_us, step_us, latency_us;  // predicted_us's constants
   const unsigned char* cubin;
   size_t cubin_bytes;
   Status (*launch)(const LaunchSite&, const Config&, const Problem&, const Operands&);
@@ -69,7 +69,8 @@ bool aligned16(const Operands& operands);
 // Why `config` cannot run `problem` on `arch`; nullptr if it can.
 const char* why_not(const Config& config, const Problem& problem, bool aligned_pointers, int32_t arch);
 
-// waves * (fixed + K steps * step): the time of one wave of CTAs times the waves this GPU needs, in microseconds.
+// Microseconds: every wave of CTAs pays its fixed cost; each K step takes the work of all CTAs that share an SM, or the
+// latency that a CTA cannot hide once a wave, whichever is longer.
 double predicted_us(const Config& config, const Problem& problem, int32_t sm_count);
 
 int64_t tiles(const Config& config, const Problem& problem);
@@ -81,7 +82,7 @@ const Config* choose(const Problem& problem, bool aligned_pointers, int32_t arch
 Status set_override(const std::string& symbol);
 std::string get_override();
 
-std::string shipped_archs();          // "sm_89, sm_90"
+std::string shipped_archs();           // "sm_89, sm_90"
 std::string describe(const Problem&);  // "M=.., N=.., K=.., x float16, weight ..."
 
 // runtime.cpp

@@ -1,7 +1,9 @@
 // torch.ops.lbg: schemas, argument checks, and the CPU and CUDA kernels, on LibTorch's stable ABI.
 //
-// The checks here and those of src/lbg/_checks.py (for fake tensors) are one list in two languages, with the same texts;
-// tests hold them together. All of them come before anything is allocated, launched or written.
+// The checks here and those of src/lbg/_checks.py (for fake tensors) are one list in two languages, with the same
+// texts; tests hold them together. All of them come before anything is allocated, launched or written.
+#include "ops.h"
+
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +18,6 @@
 #include <vector>
 
 #include "lbg.h"
-#include "ops.h"
 
 namespace lbg {
 namespace {
@@ -49,12 +50,17 @@ std::string dtype_name(ScalarType dtype) {
       return "int64";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::ComplexHalf:
+      return "complex32";
     case ScalarType::ComplexFloat:
       return "complex64";
     case ScalarType::ComplexDouble:
       return "complex128";
-    default:
-      return torch::headeronly::toString(dtype);
+    default: {  // the others are PyTorch's names in other letters: Float8_e4m3fn, UInt16
+      std::string name = torch::headeronly::toString(dtype);
+      for (char& letter : name) letter = letter >= 'A' && letter <= 'Z' ? letter - 'A' + 'a' : letter;
+      return name;
+    }
   }
 }
 
@@ -68,6 +74,7 @@ std::string text(const Sizes& sizes) {
 std::string text(const torch::stable::Device& device) {
   if (device.is_cpu()) return "cpu";
   if (device.is_cuda()) return "cuda:" + std::to_string(device.index());
+  if (device.type() == torch::headeronly::DeviceType::Meta) return "meta";
   return "device type " + std::to_string(static_cast<int>(device.type()));
 }
 
@@ -235,7 +242,9 @@ void* current_stream(int32_t device) {
   }();
   if (!get) fail("this build of torch has no CUDA (libtorch_cuda.so is not loaded)");
   void* stream = nullptr;
-  if (get(device, &stream) != AOTI_TORCH_SUCCESS) fail("torch gave no current stream for cuda:" + std::to_string(device));
+  if (get(device, &stream) != AOTI_TORCH_SUCCESS) {
+    fail("torch gave no current stream for cuda:" + std::to_string(device));
+  }
   return stream;
 }
 
@@ -270,11 +279,21 @@ void launch(const Call& call, const Tensor& out) {
   const int64_t last = call.x.dim() - 1;
   const std::vector<Axis> axes = row_axes(call.x, out);
   const Axis rows = axes.back();
-  const Problem problem{to_dtype(call.x.scalar_type()), to_dtype(call.weight.scalar_type()), to_dtype(call.out_dtype),
-                        call.fp16_accumulate,           rows.size,                           call.weight.size(0),
-                        call.weight.size(1),            rows.stride_x,                       call.x.stride(last),
-                        call.weight.stride(0),          call.weight.stride(1),               call.scale.stride(0),
-                        call.shift.stride(0),           rows.stride_out,                     out.stride(last)};
+  const Problem problem{to_dtype(call.x.scalar_type()),
+                        to_dtype(call.weight.scalar_type()),
+                        to_dtype(call.out_dtype),
+                        call.fp16_accumulate,
+                        rows.size,
+                        call.weight.size(0),
+                        call.weight.size(1),
+                        rows.stride_x,
+                        call.x.stride(last),
+                        call.weight.stride(0),
+                        call.weight.stride(1),
+                        call.scale.stride(0),
+                        call.shift.stride(0),
+                        rows.stride_out,
+                        out.stride(last)};
   const auto* x = static_cast<const char*>(call.x.data_ptr());
   auto* y = static_cast<char*>(out.data_ptr());
   const int64_t x_bytes = call.x.element_size(), y_bytes = out.element_size();
@@ -332,9 +351,9 @@ Tensor compute_cpu(const Call& call) {
   Tensor v = torch::stable::matmul(x, torch::stable::transpose(weight, 0, 1));
   v = call_aten("aten::mul", "Tensor", v, call.scale);
   v = add(v, call.shift);
-  // relu(gelu(v)) = gelu(relu(v)), and only the latter gives 0 rather than NaN at -inf.
+  // relu(gelu(v)) = r * Phi(r) with r = relu(v), which is right at the infinities: PyTorch's vectorised gelu gives NaN.
   v = call_aten("aten::relu", "", v);
-  v = call_aten("aten::gelu", "", v, std::string("none"));
+  v = call_aten("aten::mul", "Tensor", v, call_aten("aten::special_ndtr", "", v));
   return cast(v, call.out_dtype);
 }
 
@@ -355,6 +374,7 @@ void check_fold(const char* name, const std::optional<Tensor>& vector, const Ten
     throw std::runtime_error(std::string("lbg::fold: ") + name + " must " + what);
   };
   if (!vector) return;
+  if (mean.dim() != 1) fail_fold("have one dimension; got shape " + text(mean.sizes()));  // its own check comes first
   if (vector->dim() != 1 || vector->size(0) != mean.numel()) {
     fail_fold("have running_mean's shape " + text(mean.sizes()) + ", one dimension; got " + text(vector->sizes()));
   }

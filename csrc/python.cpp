@@ -36,7 +36,8 @@ std::string json(const Config& c) {
          field("aligned", boolean(c.aligned)) + number("tile_m", c.tile_m) + number("tile_n", c.tile_n) +
          number("tile_k", c.tile_k) + number("warps", c.warps) + number("stages", c.stages) +
          number("shared_bytes", c.shared_bytes) + number("registers", c.registers) +
-         number("ctas_per_sm", c.ctas_per_sm) + number("fixed_us", c.fixed_us) + number("step_us", c.step_us) + "}";
+         number("ctas_per_sm", c.ctas_per_sm) + number("fixed_us", c.fixed_us) + number("step_us", c.step_us) +
+         number("latency_us", c.latency_us) + "}";
 }
 
 PyObject* configs(PyObject*, PyObject*) {
@@ -109,8 +110,8 @@ PyMethodDef methods[] = {{"configs", configs, METH_NOARGS, nullptr},
                          {"registration_error", registration_error, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef definition = {1,       nullptr, nullptr, 0,       nullptr, "lbg._C", nullptr,
-                          -1,      methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {1,  nullptr, nullptr, 0,       nullptr, "lbg._C", nullptr,
+                          -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -21,19 +21,20 @@ struct Device {
   std::unique_ptr<std::atomic<CUkernel>[]> ready;  // one per config: set once the kernel may be launched here
 };
 
-std::mutex g_mutex;                                   // guards every first time
-std::vector<std::unique_ptr<Device>> g_owned;         // under g_mutex
+std::mutex g_mutex;                                       // guards every first time
+std::vector<std::unique_ptr<Device>> g_owned;             // under g_mutex
 std::unique_ptr<std::atomic<const Device*>[]> g_devices;  // published under g_mutex
 std::atomic<int32_t> g_device_count{-1};
 std::vector<CUkernel> g_kernels;  // under g_mutex: one per config, null until loaded
 
-// Makes `context` current for a scope, if it is not: the primary context in a thread that has none, or another device's.
+// Makes `context` current for a scope, if it is not: the primary one in a thread that has none, or another device's.
 class ContextGuard {
  public:
   ContextGuard(const Driver& driver, CUcontext context) : driver_(driver) {
     CUcontext current = nullptr;
     code_ = driver.cuCtxGetCurrent(&current);
     if (code_ == CUDA_SUCCESS && current != context) {
+      function_ = "cuCtxPushCurrent";
       code_ = driver.cuCtxPushCurrent_v2(context);
       pushed_ = code_ == CUDA_SUCCESS;
     }
@@ -44,10 +45,11 @@ class ContextGuard {
   }
   ContextGuard(const ContextGuard&) = delete;
   ContextGuard& operator=(const ContextGuard&) = delete;
-  Status status() const { return code_ == CUDA_SUCCESS ? Status{} : failure(driver_, "cuCtxPushCurrent", code_); }
+  Status status() const { return code_ == CUDA_SUCCESS ? Status{} : failure(driver_, function_, code_); }
 
  private:
   const Driver& driver_;
+  const char* function_ = "cuCtxGetCurrent";
   CUresult code_;
   bool pushed_ = false;
 };
@@ -56,18 +58,21 @@ class ContextGuard {
 class RelaxedCapture {
  public:
   explicit RelaxedCapture(const Driver& driver) : driver_(driver) {
-    exchanged_ = driver.cuThreadExchangeStreamCaptureMode(&mode_) == CUDA_SUCCESS;
+    code_ = driver.cuThreadExchangeStreamCaptureMode(&mode_);
   }
   ~RelaxedCapture() {
-    if (exchanged_) driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+    if (code_ == CUDA_SUCCESS) driver_.cuThreadExchangeStreamCaptureMode(&mode_);
   }
   RelaxedCapture(const RelaxedCapture&) = delete;
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+  Status status() const {
+    return code_ == CUDA_SUCCESS ? Status{} : failure(driver_, "cuThreadExchangeStreamCaptureMode", code_);
+  }
 
  private:
   const Driver& driver_;
+  CUresult code_;
   int mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
-  bool exchanged_;
 };
 
 Status open_device(const Driver& driver, int32_t ordinal, Device* device) {
@@ -76,7 +81,9 @@ Status open_device(const Driver& driver, int32_t ordinal, Device* device) {
   LBG_DRIVER_CALL(driver, cuDeviceGetName, name, sizeof name, device->handle);
   device->gpu.name = name;
   int major = 0, minor = 0;
-  const auto read = [&](int attribute, int* value) { return driver.cuDeviceGetAttribute(value, attribute, device->handle); };
+  const auto read = [&](int attribute, int* value) {
+    return driver.cuDeviceGetAttribute(value, attribute, device->handle);
+  };
   CUresult code = read(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, &major);
   if (code == CUDA_SUCCESS) code = read(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, &minor);
   if (code == CUDA_SUCCESS) code = read(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, &device->gpu.sm_count);
@@ -161,7 +168,8 @@ Status ready_kernel(const Driver& driver, const Device& device, const Config& co
   }
   RelaxedCapture relaxed(driver);
   CUkernel kernel = nullptr;
-  Status status = load(driver, config, &kernel);
+  Status status = relaxed.status();
+  if (status.ok()) status = load(driver, config, &kernel);
   if (!status.ok()) return status;
   if (config.shared_bytes > 48 * 1024) {  // up to 48 KB needs no opt-in
     LBG_DRIVER_CALL(driver, cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, config.shared_bytes,
@@ -244,17 +252,27 @@ Status run(const Problem& given, const Operands& operands, int32_t ordinal, void
 
 }  // namespace lbg
 
-extern "C" __attribute__((visibility("default"))) int lbg_run(
-    int32_t x_dtype, int32_t weight_dtype, int32_t out_dtype, int32_t fp16_accumulate, const int64_t* sizes,
-    const int64_t* strides, const void* x, const void* weight, const void* scale, const void* shift, void* out,
-    int32_t device, void* stream, char* text, size_t text_bytes) {
+extern "C" __attribute__((visibility("default"))) int lbg_run(int32_t x_dtype, int32_t weight_dtype, int32_t out_dtype,
+                                                              int32_t fp16_accumulate, const int64_t* sizes,
+                                                              const int64_t* strides, const void* x, const void* weight,
+                                                              const void* scale, const void* shift, void* out,
+                                                              int32_t device, void* stream, char* text,
+                                                              size_t text_bytes) {
   const lbg::Problem problem{static_cast<lbg::DType>(x_dtype),
                              static_cast<lbg::DType>(weight_dtype),
                              static_cast<lbg::DType>(out_dtype),
                              fp16_accumulate != 0,
-                             sizes[0], sizes[1], sizes[2],
-                             strides[0], strides[1], strides[2], strides[3],
-                             strides[4], strides[5], strides[6], strides[7]};
+                             sizes[0],
+                             sizes[1],
+                             sizes[2],
+                             strides[0],
+                             strides[1],
+                             strides[2],
+                             strides[3],
+                             strides[4],
+                             strides[5],
+                             strides[6],
+                             strides[7]};
   const lbg::Status status = lbg::run(problem, {x, weight, scale, shift, out}, device, stream);
   std::snprintf(text, text_bytes, "%s", status.text.c_str());
   return status.ok() ? 0 : 1;

@@ -26,9 +26,9 @@ def main() -> None:
     where = device()
     torch.manual_seed(0)
     m, n, k = (16384, 4096, 4096) if where == "cuda" else (1024, 1024, 1024)
-    modules = torch.nn.Sequential(
-        torch.nn.Linear(k, n), torch.nn.BatchNorm1d(n), torch.nn.GELU(), torch.nn.ReLU()
-    ).to(where)
+    modules = torch.nn.Sequential(torch.nn.Linear(k, n), torch.nn.BatchNorm1d(n), torch.nn.GELU(), torch.nn.ReLU()).to(
+        where
+    )
     with torch.no_grad():
         for statistics in range(3):
             modules(torch.randn(256, k, device=where) + statistics)  # training mode: real running statistics

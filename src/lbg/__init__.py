@@ -6,9 +6,8 @@
 
 from lbg._inspect import Candidate, Config, Explanation, configs, explain, override, warmup
 from lbg._module import LinearBatchNormGELUReLU
-from lbg._ops import fold, fused, version
-
-__version__ = version
+from lbg._ops import fold, fused
+from lbg._ops import version as __version__
 
 __all__ = [
     "Candidate",

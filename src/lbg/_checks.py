@@ -1,4 +1,4 @@
-"""The argument checks of csrc/ops.cpp once more, for tensors that have no data: same conditions, same order, same texts.
+"""The argument checks of csrc/ops.cpp once more, for tensors that have no data: same conditions, order and texts.
 
 tests/test_errors.py holds the two lists together.
 """
@@ -64,7 +64,7 @@ def check(
     return result
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def _span(tensor: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """Bytes [first, last) of the tensor's storage that its elements lie in."""
     first = tensor.storage_offset() * tensor.element_size()
     if tensor.numel() == 0:
@@ -99,9 +99,7 @@ def _may_overlap_itself(tensor: Tensor) -> bool:
     return False
 
 
-def check_out(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, fp16_accumulate: bool, out: Tensor
-) -> None:
+def check_out(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, fp16_accumulate: bool, out: Tensor) -> None:
     """Raises RuntimeError for arguments or an `out` that no kernel takes."""
     check(x, weight, scale, shift, torch.float32, fp16_accumulate)
     if out.dtype not in (torch.float32, weight.dtype):

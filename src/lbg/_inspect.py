@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ class Config:
     shared_bytes: int
     registers: int
     ctas_per_sm: int
-    fixed_us: float  # predicted time of a wave of CTAs: fixed_us + K steps * step_us
-    step_us: float
+    fixed_us: float  # predicted cost of a wave of CTAs, in microseconds
+    step_us: float  # of one CTA's K step
+    latency_us: float  # least time between two K steps of a CTA
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def explain(
     if (arch is None) != (sm_count is None):
         raise TypeError(f"lbg.explain takes arch and sm_count together; got {arch} and {sm_count}")
     n, k = weight.shape if weight.dim() == 2 else (0, 0)
-    vector = torch.empty(n, dtype=torch.float32, device="meta").to(x.device) if x.is_meta else x.new_empty(n, dtype=torch.float32)
+    vector = x.new_empty(n, dtype=torch.float32)
     result = _checks.check(x, weight, vector, vector, out_dtype, fp16_accumulate)
     if arch is None or sm_count is None:
         if not x.is_cuda:
@@ -134,19 +136,17 @@ def explain(
         name, arch, sm_count = _gpu(_index(x.device))
     else:
         name = f"an sm_{arch} GPU"
-    rows = x.numel() // k if k else x[..., :1].numel() if x.dim() > 1 else 1
-    flat = x.reshape(-1, k) if k else x
-    if rows == 0 or n == 0:
+    if n == 0 or 0 in x.shape[:-1]:
         return Explanation(None, "the result is empty: nothing is launched", ())
+    launches, rows, stride_xm, stride_om = _rows(x, n)
     addresses = [0 if tensor.is_meta else tensor.data_ptr() for tensor in (x, weight)]
-    stride_xm = flat.stride(0) if flat.dim() == 2 and flat.data_ptr() == x.data_ptr() else k
     text = extension.explain(
         _DTYPES[x.dtype],
         _DTYPES[weight.dtype],
         _DTYPES[result],
         int(fp16_accumulate),
         (rows, n, k),
-        (stride_xm, x.stride(-1), weight.stride(0), weight.stride(1), 1, 1, n, 1),
+        (stride_xm, x.stride(-1), weight.stride(0), weight.stride(1), 1, 1, stride_om, 1),
         int(all(address % 16 == 0 for address in addresses)),
         arch,
         sm_count,
@@ -162,11 +162,28 @@ def explain(
             chosen = config
     candidates.sort(key=lambda c: (c.config is not chosen, c.predicted_us is None, c.predicted_us or 0.0))
     what = f"M={rows}, N={n}, K={k}, x {wanted[0]}, weight {wanted[1]}, result {wanted[2]} on {name}, {sm_count} SMs"
+    if launches > 1:
+        what = f"{launches} launches, as x's rows do not lie at one stride, of {what}"
     if chosen is None:
         return Explanation(None, f"{what}: no shipped kernel can run", tuple(candidates))
     forced = extension.get_override()
     reason = "forced by lbg.override" if forced else "the lowest predicted time of those that can run"
     return Explanation(chosen, f"{what}: {reason}", tuple(candidates))
+
+
+def _rows(x: Tensor, n: int) -> tuple[int, int, int, int]:
+    """(launches, rows of a launch, their strides in x and in the result): csrc/ops.cpp's row_axes once more."""
+    axes: list[tuple[int, int, int]] = []
+    stride_out = n
+    for size, stride in reversed(list(zip(x.shape[:-1], x.stride()[:-1]))):
+        if size > 1:
+            if axes and stride == axes[-1][0] * axes[-1][1]:
+                axes[-1] = (axes[-1][0] * size, *axes[-1][1:])
+            else:
+                axes.append((size, stride, stride_out))
+        stride_out *= size
+    rows, stride_xm, stride_om = max(axes, default=(1, 0, 0), key=lambda axis: axis[0])
+    return math.prod(size for size, *_ in axes) // rows, rows, stride_xm, stride_om
 
 
 @contextmanager

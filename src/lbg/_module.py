@@ -76,7 +76,7 @@ class LinearBatchNormGELUReLU(nn.Module):
             )
         if batch_norm.running_mean is None or batch_norm.running_var is None:
             raise ValueError("batch_norm has no running statistics (track_running_stats=False), so it cannot be folded")
-        module = cls(0, 0, compute_dtype=compute_dtype, fp16_accumulate=fp16_accumulate, device="meta")
+        module = cls(1, 1, compute_dtype=compute_dtype, fp16_accumulate=fp16_accumulate, device="meta")
         module.gemm, module.batch_norm = linear, batch_norm
         module.training = batch_norm.training
         return module
@@ -84,7 +84,7 @@ class LinearBatchNormGELUReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
             raise ValueError(f"x must have 2 dimensions, [M, {self.gemm.in_features}]; got shape {list(x.shape)}")
-        if self.training or not x.is_cuda:
+        if self.training or self.batch_norm.training or not x.is_cuda:
             return self._forward_modules(x)
         if torch.is_grad_enabled():
             parameters = self._sources()
@@ -106,7 +106,7 @@ class LinearBatchNormGELUReLU(nn.Module):
         if folded is None or not folded.holds(self, dtype):
             folded = _Folded(self, dtype)
             # What is computed under capture exists only when the graph is replayed.
-            if not torch.cuda.is_current_stream_capturing():
+            if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
                 self._folded = folded
         return fused(x, folded.weight, folded.scale, folded.shift, fp16_accumulate=self.fp16_accumulate)
 
@@ -128,14 +128,24 @@ def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
     return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device
 
 
+def _watched(module: LinearBatchNormGELUReLU) -> tuple[Tensor | None, ...]:
+    """What shows that a fold is out of date: its sources, and the count of batches.
+
+    A forward in training mode updates the running statistics inside an operator that counts no version for them.
+    """
+    return *module._sources(), module.batch_norm.num_batches_tracked
+
+
 class _Folded:
     """Weight, scale and shift for the operator, and what they were made from."""
 
     def __init__(self, module: LinearBatchNormGELUReLU, dtype: torch.dtype) -> None:
-        self._sources = module._sources()
-        self._identities = tuple(map(_identity, self._sources))
+        self._watched = _watched(module)
+        self._identities = tuple(map(_identity, self._watched))
+        # Aliases, so that no later tensor can be given the memory of one of these: `.half()` then `.float()` might.
+        self._memory = [None if tensor is None else tensor.detach() for tensor in self._watched]
         self._dtype, self._eps = dtype, module.batch_norm.eps
-        weight, bias, gamma, beta, mean, var = self._sources
+        weight, bias, gamma, beta, mean, var = module._sources()
         if weight is None or mean is None or var is None:
             raise ValueError("batch_norm has no running statistics (track_running_stats=False), so it cannot be folded")
         with torch.no_grad():
@@ -147,7 +157,7 @@ class _Folded:
             return False
         return all(
             now is then and identity is not None and _identity(now) == identity
-            for now, then, identity in zip(module._sources(), self._sources, self._identities)
+            for now, then, identity in zip(_watched(module), self._watched, self._identities)
         )
 
 
@@ -161,10 +171,16 @@ class _Differentiable(torch.autograd.Function):
         return module._forward_fused(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         def modules(
-            x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
+            x: Tensor,
+            weight: Tensor,
+            bias: Tensor | None,
+            gamma: Tensor | None,
+            beta: Tensor | None,
+            mean: Tensor,
+            var: Tensor,
         ) -> Tensor:
             product = nn.functional.linear(x.to(weight.dtype), weight, bias)
             normed = nn.functional.batch_norm(product, mean, var, gamma, beta, training=False, eps=ctx.eps)

@@ -64,8 +64,7 @@ def vector_jacobian(
     """d(function)/d(input) times grad for each input that needs it, by running `function` again under autograd."""
     with torch.enable_grad():
         leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(need)
-            for tensor, need in zip(inputs, needed)
+            None if tensor is None else tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed)
         ]
         wanted = [leaf for leaf, need in zip(leaves, needed) if need and leaf is not None]
         grads = iter(torch.autograd.grad(function(*leaves), wanted, grad))
@@ -78,9 +77,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return vector_jacobian(
-        lambda *tensors: reference(*tensors, ctx.out_dtype), ctx.saved_tensors, ctx.needs_input_grad[:4], grad
-    )
+    def again(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return reference(x, weight, scale, shift, ctx.out_dtype)
+
+    return vector_jacobian(again, ctx.saved_tensors, ctx.needs_input_grad[:4], grad)
 
 
 torch.library.register_autograd("lbg::fused", _backward, setup_context=_setup_context, lib=_library)
@@ -95,6 +95,34 @@ def _fused_out_autograd(keyset: torch._C.DispatchKeySet, *args: Tensor, **kwargs
 
 
 _library.impl("fused.out", _fused_out_autograd, "Autograd", with_keyset=True)
+
+
+@_fused_out.py_functionalize_impl
+def _fused_out_functional(
+    context: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, fp16_accumulate: bool = False, out: Tensor
+) -> Tensor:
+    """Under torch.compile `out=` is the plain operator and a copy: PyTorch has no functional form of a custom out=."""
+    tensors = context.unwrap_tensors((x, weight, scale, shift))
+    with context.redispatch_to_next():
+        result = _fused(*tensors, out_dtype=out.dtype, fp16_accumulate=fp16_accumulate)
+        result = torch.ops.aten.copy.default(context.unwrap_tensors(out), result)
+    context.replace(out, result)
+    context.commit_update(out)
+    context.sync(out)
+    return out
+
+
+def _unwatched(*tensors: Tensor | None) -> bool:
+    """Whether nothing needs to see this call but its kernel: no derivative, no transform, no tracing.
+
+    The derivative is registered from Python, and asking it costs more than the launch wherever autograd is not off
+    altogether (torch.inference_mode), so `fused` asks here whether it must.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+    )
 
 
 def fused(
@@ -130,13 +158,18 @@ def fused(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; `out` overlaps an input; `out` is given and an
             argument requires grad; the GPU is none that is shipped for; the driver is missing or too old; a CUDA call
-            failed. The text says what was given and what is supported. Nothing has been launched or written.
+            failed. The text says what was given and what is supported. Arguments are refused before anything is
+            launched or written.
         TypeError: `out` and `out_dtype` are both given.
     """
     if out is not None:
         if out_dtype is not None:
             raise TypeError(f"lbg.fused takes out or out_dtype, not both; got out_dtype {_checks.name(out_dtype)}")
         result: Tensor = _fused_out(x, weight, scale, shift, fp16_accumulate=fp16_accumulate, out=out)
+        return result
+    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()) and _unwatched(x, weight, scale, shift):
+        with torch._C._AutoDispatchBelowAutograd():
+            result = _fused(x, weight, scale, shift, out_dtype=out_dtype, fp16_accumulate=fp16_accumulate)
         return result
     result = _fused(x, weight, scale, shift, out_dtype=out_dtype, fp16_accumulate=fp16_accumulate)
     return result

@@ -1,0 +1,296 @@
+"""The build: each failure stops it with a clear text, the cache compiles only what changed, and configs keep rules."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the build's environment", exc_type=ImportError)
+
+import build
+from aot import BuildError, compile, emit, package
+from aot.configs import ARCHS, CHIPS, CONFIGS, DTYPES, Config, ctas_per_sm
+
+SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
+LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
+HOPPER = replace(SMALL, arch=90, tile_m=64)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> compile.Artifact:
+    """The smallest kernel, compiled."""
+    return compile.build(SMALL, 89, tmp_path_factory.mktemp("small") / "small.cubin")
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a changed copy of the kernel's source, each (old, new) once, where the build finds it."""
+
+    def change(*changes: tuple[str, str]) -> None:
+        text = root.joinpath("aot", "kernels.py").read_text()
+        for old, new in changes:
+            assert text.count(old) == 1, f"{old!r} is in aot/kernels.py {text.count(old)} times"
+            text = text.replace(old, new)
+        path = tmp_path / "changed_kernels.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location("changed_kernels", path)
+        assert spec and spec.loader
+        module: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr("aot.kernels", module, raising=False)
+
+    return change
+
+
+# ---- what stops a build
+
+
+def compile_all(folder: Path, monkeypatch: pytest.MonkeyPatch, *configs: Config) -> tuple[list[compile.Artifact], int]:
+    """The build's whole compile step, over other configs and in another folder."""
+    monkeypatch.setattr("build.ROOT", folder)
+    monkeypatch.setattr("aot.configs.CONFIGS", configs)
+    return build.compile_all([89], None, 2, folder / "generated")
+
+
+def test_a_fast_kernel_that_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BuildError, match=rf"^{LARGE.symbol} \(sm_89\): a fast kernel spills [1-9]\d* bytes; take a"):
+        compile_all(tmp_path, monkeypatch, LARGE)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".json")]  # nor is it in the cache
+
+
+def test_pip_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("build.build", lambda *_: (_ for _ in ()).throw(BuildError("missing tool: ptxas")))
+    with pytest.raises(SystemExit, match=r"^lbg: missing tool: ptxas$"):
+        build.build_wheel(str(tmp_path))
+
+
+STORE = "        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (cols[None, :] < N))\n"
+
+
+def test_a_kernel_that_stores_twice(tmp_path: Path, kernels: Callable[..., None]) -> None:
+    kernels((STORE, STORE.replace("y.to", "parts[part].to") + STORE))
+    with pytest.raises(BuildError, match=r"an intermediate store: 2 stores per output element, 0 inside a loop; the"):
+        compile.build(SMALL, 89, tmp_path / "cubin")
+
+
+def test_a_kernel_that_stores_in_its_loop(tmp_path: Path, kernels: Callable[..., None]) -> None:
+    step = "            acc = multiply_add(tl.load(x_ptrs), tl.load(w_ptrs), acc, FP16_ACCUMULATE)\n"
+    kernels((step, step + "            tl.store(out_ptr + offs_n, acc.to(out_ptr.dtype.element_ty).max(0))\n"))
+    with pytest.raises(
+        BuildError, match=r"an intermediate store: .* stores per output element, [1-9]\d* inside a loop"
+    ):
+        compile.build(SMALL, 89, tmp_path / "cubin")
+
+
+def test_a_kernel_that_needs_scratch_memory(tmp_path: Path, kernels: Callable[..., None]) -> None:
+    # a descriptor made in the kernel lives in global scratch memory
+    load = "multiply_add(tl.load(x_ptrs), tl.load(w_ptrs)"
+    made = "tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [TILE_M, TILE_K])"
+    kernels((load, f"multiply_add({made}.load([0, 0]), tl.load(w_ptrs)"))
+    with pytest.raises(BuildError, match=rf"^{HOPPER.symbol}: global_scratch_size is [1-9]\d*; a launcher passes no"):
+        compile.build(HOPPER, 90, tmp_path / "cubin")
+
+
+def test_profile_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = SimpleNamespace(global_scratch_size=0, profile_scratch_size=64, shared=0, name=SMALL.symbol)
+    monkeypatch.setattr("triton.compile", lambda *_, **__: SimpleNamespace(metadata=metadata, asm={"ptx": ""}))
+    with pytest.raises(BuildError, match=r"profile_scratch_size is 64; a launcher passes no scratch memory"):
+        compile.to_ptx(SMALL)
+
+
+def test_more_shared_memory_than_a_block_may_have(tmp_path: Path) -> None:
+    wide = replace(LARGE, tile_n=128, warps=8, stages=5)
+    wanted = rf"^{wide.symbol} \(sm_89\): 131072 bytes of shared memory a block; the limit is 101376"
+    with pytest.raises(BuildError, match=wanted):
+        compile.build(wide, 89, tmp_path / "cubin")
+    with pytest.raises(BuildError, match=wanted.replace("sm_89", "sm_90")):  # sm_90 has it, the GPU verified for not
+        compile.build(wide, 90, tmp_path / "cubin")
+
+
+def test_a_kernel_without_matrix_instructions(small: compile.Artifact) -> None:
+    with pytest.raises(BuildError, match="no matrix instruction"):
+        compile.check(SMALL, replace(small.report, mma=0))
+
+
+def test_a_tool_that_triton_does_not_carry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(BuildError, match=r"^missing tool: ptxas is not in the installed triton package"):
+        compile.tool("ptxas")
+
+
+def test_no_compiler(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match=r"^missing tool: g\+\+ .* is not on the PATH; set CXX to another"):
+        package.extension(root, tmp_path)
+
+
+def test_ptxas_failing(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"^ptxas failed \(\d+\): .*Missing \.version directive"):
+        compile.assemble("not PTX", 89, tmp_path / "cubin")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--arch sm_75", "argument --arch: sm_75 is not one of sm_89, sm_90"),
+        ("--arch ada", "argument --arch: ada is not one of sm_89, sm_90"),
+        ("--verify-on sm_90", "--verify-on needs exactly one --arch, the one to verify"),
+        ("--arch sm_89 --arch sm_90 --verify-on sm_90", "--verify-on needs exactly one --arch, the one to verify"),
+        ("--arch sm_90 --verify-on sm_89", "PTX of sm_90 cannot be assembled for the older sm_89"),
+        ("--jobs 0", "--jobs must be at least 1; got 0"),
+        ("--fast", "unrecognized arguments: --fast"),
+    ],
+)
+def test_a_command_that_makes_no_sense(root: Path, arguments: str, told: str) -> None:
+    done = subprocess.run([sys.executable, root / "build.py", *arguments.split()], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"build.py: error: {told}", done.stderr
+
+
+# ---- the whole compile step, and its cache
+
+
+def test_only_what_changed_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(SMALL, out="f32")
+    assert compile_all(tmp_path, monkeypatch, SMALL, other)[1] == 2
+    assert compile_all(tmp_path, monkeypatch, SMALL, other)[1] == 0
+    artifacts, compiled = compile_all(tmp_path, monkeypatch, SMALL, replace(other, group_m=4))
+    assert compiled == 1 and [a.config.group_m for a in artifacts] == [8, 4]
+    # back again: from the cache, yet newer than what was linked in between
+    linked = artifacts[1].cubin.stat().st_mtime_ns
+    artifacts, compiled = compile_all(tmp_path, monkeypatch, SMALL, other)
+    assert compiled == 0 and artifacts[1].cubin.stat().st_mtime_ns > linked
+
+
+def test_a_record_without_its_cubin_is_no_cache(tmp_path: Path) -> None:
+    artifact, fresh = compile.cached(SMALL, 89, tmp_path)
+    artifact.cubin.unlink()
+    again, afresh = compile.cached(SMALL, 89, tmp_path)
+    assert fresh and afresh and again.cubin.exists()
+
+
+def test_the_cache_key_tells_configs_and_archs_apart() -> None:
+    changes = {"x": "f32", "weight": "bf16", "out": "f32", "fp16_accumulate": True, "aligned": False, "tile_m": 32}
+    changes |= {"tile_n": 32, "tile_k": 32, "warps": 8, "stages": 2, "epilogue_parts": 2, "group_m": 4, "arch": 90}
+    assert set(changes) == set(Config.__dataclass_fields__)
+    keys = [compile.cache_key(replace(SMALL, **{name: value}), 90) for name, value in changes.items()]
+    keys += [compile.cache_key(SMALL, 89), compile.cache_key(SMALL, 90)]
+    assert len(set(keys)) == len(keys) and keys[-1] == compile.cache_key(SMALL, 90)
+
+
+def test_the_same_source_gives_the_same_cubin(small: compile.Artifact, tmp_path: Path) -> None:
+    assert compile.build(SMALL, 89, tmp_path / "again").cubin.read_bytes() == small.cubin.read_bytes()
+
+
+# ---- artifacts
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> compile.Artifact:
+    """The small kernel's sm_89 PTX assembled for sm_90."""
+    return compile.build(SMALL, 90, tmp_path_factory.mktemp("generated") / "verified.cubin")
+
+
+def sass(cubin: Path) -> str:
+    return subprocess.run(
+        [compile.tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_a_cubin_is_of_its_arch_and_holds_its_symbol(small: compile.Artifact, verified: compile.Artifact) -> None:
+    for artifact, arch in ((small, 89), (verified, 90)):
+        assert f"code for sm_{arch}" in sass(artifact.cubin) and f"Function : {SMALL.symbol}" in sass(artifact.cubin)
+        assert (artifact.report.arch, artifact.report.compiled_arch) == (arch, 89), artifact.report
+    assert verified.arguments == small.arguments
+
+
+def test_a_verification_build_says_so(verified: compile.Artifact, root: Path) -> None:
+    version = package.version(root, [89], 90)
+    plain = package.version(root, list(ARCHS), None)
+    assert version == f"{plain}+verify.sm89.on.sm90"
+    emit.write([verified], version, verified.cubin.parent)
+    text = verified.cubin.with_name("kernels.cpp").read_text()
+    assert f'kVersion = "{version}"' in text and f'{{"{SMALL.symbol}", 89, 90, DType::f16' in text
+    assert '.incbin "verified.cubin"' in verified.cubin.with_name("cubins.S").read_text()
+
+
+ALIGNED_ARGUMENTS = ("x_ptr", "weight_ptr", "scale_ptr", "shift_ptr", "out_ptr", "M", "N", "K",
+                     "stride_xm", "stride_wn", "stride_om")  # fmt: skip
+
+
+def test_what_is_promised_is_no_argument(small: compile.Artifact) -> None:
+    assert small.arguments == ALIGNED_ARGUMENTS
+    types, constants, hints = compile.signature(replace(SMALL, aligned=False))
+    assert len([name for name in types if name not in constants]) == 16 and not hints
+    assert types["M"] == types["stride_xm"] == "i64" and compile.signature(SMALL)[0]["M"] == "i32"
+
+
+@pytest.mark.filterwarnings("ignore:setup.py install is deprecated")  # how setuptools makes a wheel
+def test_a_verification_wheel_carries_its_version(root: Path, tmp_path: Path) -> None:
+    library = tmp_path / "_C.abi3.so"
+    library.write_bytes(b"")
+    copy = shutil.copytree(root / "src", tmp_path / "src").parent
+    shutil.copy2(root / "pyproject.toml", copy)
+    for name in ("README.md", "LICENSE"):
+        copy.joinpath(name).touch()
+    version = package.version(root, [89], 90)
+    wheel = package.wheel(copy, version, library, tmp_path / "dist")
+    assert wheel.name.startswith(f"lbg-{version}-cp310-abi3-")
+    assert f"Version: {version}\n".encode() in zipfile.ZipFile(wheel).read(f"lbg-{version}.dist-info/METADATA")
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared_bytes", "expected"),
+    [
+        # 250 registers x 32 lanes are 8000, handed out as 8192 a warp; 32 KB + 1 KB a block of 100 KB
+        (89, 4, 250, 32768, {"registers": 2, "shared": 3, "warps": 12, "all": 2}),
+        # 168 x 32 = 5376 = 21 x 256, no rounding: 65536 / (8 x 5376); 228 KB / 97 KB
+        (90, 8, 168, 98304, {"registers": 1, "shared": 2, "warps": 8, "all": 1}),
+        (90, 4, 128, 0, {"registers": 4, "shared": 228, "warps": 16, "all": 4}),
+        (89, 4, 40, 101376, {"registers": 12, "shared": 1, "warps": 12, "all": 1}),
+    ],
+)
+def test_ctas_per_sm(arch: int, warps: int, registers: int, shared_bytes: int, expected: dict[str, int]) -> None:
+    config = replace(SMALL, arch=arch, warps=warps)
+    assert ctas_per_sm(config, registers, shared_bytes) == expected
+
+
+def test_symbols_are_unique_in_an_arch() -> None:
+    for arch in ARCHS:
+        symbols = [config.symbol for config in CONFIGS if config.arch == arch]
+        assert symbols and sorted(symbols) == sorted(set(symbols)), arch
+    assert len({config.file for config in CONFIGS}) == len(CONFIGS)
+
+
+def test_every_config_keeps_tritons_and_our_rules() -> None:
+    from aot.kernels import FP16_CHUNK
+
+    for config in CONFIGS:
+        assert {config.tile_m, config.tile_n, config.tile_k} <= {16, 32, 64, 128, 256}, config
+        assert config.warps in (2, 4, 8, 16) and config.stages >= 1 and config.arch in CHIPS, config
+        assert not config.fp16_accumulate or config.tile_k == FP16_CHUNK, config
+
+
+def test_every_class_ends_with_its_generic_kernel() -> None:
+    def kind(config: Config) -> tuple[object, ...]:
+        return config.arch, config.x, config.weight, config.out, config.fp16_accumulate
+
+    found = {key: [config.aligned for config in rows] for key, rows in itertools.groupby(CONFIGS, kind)}
+    wanted = {(arch, *dtypes, mode) for arch in ARCHS for dtypes in DTYPES for mode in (False, True)
+              if dtypes[1] == "f16" or not mode}  # fmt: skip
+    assert set(found) == wanted
+    for key, aligned in found.items():
+        assert aligned == [True] * (len(aligned) - 1) + [False] and len(aligned) > 1, key

@@ -1,0 +1,39 @@
+"""The kernel family's arithmetic without a GPU: in Triton's interpreter, and the derivation of its constants."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import fit_epilogue
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("group", ["classes", "edges", "walks", "layouts", "activation", "special_values"])
+def test_interpreted(group: str) -> None:
+    command = [sys.executable, "-m", "tests.interpret", group]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert rows
+    for what, error, bound in rows:
+        assert error <= bound, f"{what}: error {error:.2e} over {bound:.1e}"
+
+
+def test_the_constants_are_the_best_fit() -> None:
+    source = ROOT.joinpath("aot", "kernels.py").read_text()
+    body = source[source.index("r = tl.maximum") : source.index("return r * (1.0 - tl.exp2(p))")]
+    constants = [float(sign + digits) for sign, digits in re.findall(r"([+-]?) ?(\d+\.\d{8,})", body)]
+    coefficients, error = fit_epilogue.fit()
+    np.testing.assert_allclose([*constants, -1.0], coefficients[::-1], rtol=2**-23)
+    assert "p = p * r - 1.0\n" in body and 3.2e-7 < error < 3.3e-7

@@ -1,0 +1,418 @@
+"""The launcher layer against a stand-in libcuda.so.1: what it calls, with what, in what order, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lbg
+from tests.cases import CLASSES, shapes
+
+HERE = Path(__file__).resolve().parent
+PRELUDE = """
+import ctypes, json, os, threading, lbg
+from tests.stand_in.call import launch
+def show(value): print(json.dumps(value))
+"""
+ADA, HOPPER = "NVIDIA GeForce RTX 4090:89:128", "NVIDIA H100 80GB HBM3:90:132"
+AFTER_LOAD = ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+
+
+@dataclass
+class Outcome:
+    printed: Any  # the program's last line, as JSON
+    calls: list[dict[str, Any]]  # what the stand-in recorded, in order
+
+    def of(self, function: str) -> list[dict[str, Any]]:
+        return [call for call in self.calls if call["call"] == function]
+
+    @property
+    def names(self) -> list[str]:
+        return [call["call"] for call in self.calls]
+
+
+Start = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libcuda.so.1 built from stand_in/libcuda.cpp."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    flags = ["-std=c++20", "-shared", "-fPIC", f"-I{HERE.parent / 'csrc'}", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(
+        ["g++", *flags, str(HERE / "stand_in" / "libcuda.cpp"), "-o", str(folder / "libcuda.so.1")], check=True
+    )
+    return folder
+
+
+@pytest.fixture
+def start(stand_in: Path, tmp_path: Path) -> Start:
+    """Runs a program in a process of its own that finds the stand-in; `show(value)` there is what comes back."""
+
+    def run(program: str, *, libcuda: Path = stand_in, gpus: str = ADA, **settings: str) -> Outcome:
+        log = tmp_path / "calls.jsonl"
+        log.unlink(missing_ok=True)
+        environment = os.environ | {
+            "LD_LIBRARY_PATH": str(libcuda),
+            "LBG_STAND_IN_LOG": str(log),
+            "LBG_STAND_IN_GPUS": gpus,
+            **{f"LBG_STAND_IN_{name}": value for name, value in settings.items()},
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", PRELUDE + program], capture_output=True, text=True, env=environment, cwd=HERE.parent
+        )
+        assert done.returncode == 0, f"{program}\n{done.stdout}{done.stderr}"
+        calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return Outcome(json.loads(done.stdout.splitlines()[-1]) if done.stdout else None, calls)
+
+    return run
+
+
+# ---- a launch
+
+
+EVERY_KERNEL = """
+texts = []
+for device, arch in enumerate((89, 90)):
+    for config in lbg.configs():
+        if config.arch == arch:
+            with lbg.override(config.symbol):
+                kinds = dict(x=config.x, weight=config.weight, out=config.out, fp16_accumulate=config.fp16_accumulate)
+                strides = (4160, 1, 4112, 1, 1, 1, 352, 1) if config.aligned else (3, 700, 5, 900, 2, 4, 7, 1100)
+                sizes = (300, 336, 4096) if config.aligned else (301, 333, 4099)
+                texts.append(launch(*sizes, strides=strides, device=device, stream=0x99, **kinds))
+show(texts)
+"""
+
+
+def test_every_launch_is_right(start: Start) -> None:
+    outcome = start(EVERY_KERNEL, gpus=f"{ADA},{HOPPER}")
+    shipped = sorted(lbg.configs(), key=lambda config: config.arch)  # stable: the order of the program's launches
+    launches = outcome.of("cuLaunchKernel")
+    assert outcome.printed == [""] * len(shipped) == [""] * len(launches)
+    pointers = [0x10000, 0x20000, 0x30000, 0x40000, 0x50000]
+    for config, call in zip(shipped, launches):
+        m, n, k = (300, 336, 4096) if config.aligned else (301, 333, 4099)
+        strides = [4160, 4112, 352] if config.aligned else [3, 700, 5, 900, 2, 4, 7, 1100]
+        grid = -(-m // config.tile_m) * -(-n // config.tile_n)
+        assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
+        assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
+        assert (call["shared_bytes"], call["stream"]) == (config.shared_bytes, 0x99), config
+        assert call["params"] == [*pointers, m, n, k, *strides, 0, 0], config
+
+
+def test_strides_of_single_elements_are_normalised(start: Start) -> None:
+    outcome = start("""
+show([launch(1, 64, 128, strides=(7, 1, 128, 1, 1, 1, 13, 1)),
+      launch(1, 1, 128, strides=(7, 1, 9, 1, 3, 5, 13, 11)),
+      launch(5, 7, 1, strides=(1, 17, 1, 19, 1, 1, 7, 1))])""")
+    row, single, thin = outcome.of("cuLaunchKernel")
+    assert outcome.printed == ["", "", ""]
+    assert not row["symbol"].endswith("_any") and row["params"][5:-2] == [1, 64, 128, 0, 128, 0], row
+    assert not single["symbol"].endswith("_any") and single["params"][5:-2] == [1, 1, 128, 0, 0, 0], single
+    assert thin["params"][5:-2] == [5, 7, 1, 1, 1, 1, 1, 1, 1, 7, 1], thin
+
+
+UNALIGNED = {
+    **{f"pointer {i}": {"addresses": tuple(0x10000 * (j + 1) + 8 * (i == j) for j in range(5))} for i in range(5)},
+    "K": {"k": 72, "strides": (80, 1, 80, 1, 1, 1, 64, 1)},
+    **{
+        f"stride {i}": {"strides": (64, 1, 64, 1, 1, 1, 64, 1)[:i] + (value,) + (64, 1, 64, 1, 1, 1, 64, 1)[i + 1 :]}
+        for i, value in enumerate((72, 2, 72, 2, 2, 2, 72, 2))
+    },
+    "M needs 64 bits": {"m": 2**31},
+}
+
+
+def test_what_is_not_aligned_takes_the_generic_kernel(start: Start) -> None:
+    outcome = start(
+        f"changes = {UNALIGNED!r}\nshow([launch(64, 64, 64)] + "
+        "[launch(c.pop('m', 64), 64, c.pop('k', 64), **c) for c in changes.values()])"
+    )
+    plain, *rest = outcome.of("cuLaunchKernel")
+    assert outcome.printed == [""] * (1 + len(UNALIGNED)) and not plain["symbol"].endswith("_any")
+    for what, call in zip(UNALIGNED, rest, strict=True):
+        assert call["symbol"].endswith("_any"), f"{what}: {call}"
+    assert rest[-1]["params"][5] == 2**31 and rest[-1]["grid"] == [2**31 // 64, 1, 1], rest[-1]
+
+
+def test_an_empty_result_launches_nothing(start: Start) -> None:
+    outcome = start("show([launch(0, 8, 8), launch(8, 0, 8)])")
+    assert outcome.printed == ["", ""] and outcome.calls == []
+
+
+def test_importing_calls_no_driver(start: Start) -> None:
+    assert start("show(len(lbg.configs()) > 0)") == Outcome(True, [])
+
+
+# ---- loading
+
+
+def test_a_second_call_loads_nothing(start: Start) -> None:
+    outcome = start("show([launch(64, 64, 64), launch(64, 64, 64)])")
+    first = outcome.names.index("cuLaunchKernel") + 2  # after the context is popped
+    assert outcome.printed == ["", ""] and outcome.names[first:] == AFTER_LOAD
+
+
+@pytest.mark.parametrize("gpu", [ADA, HOPPER])
+def test_warmup_loads_the_kernels_of_its_arch_only(start: Start, gpu: str) -> None:
+    outcome = start("before = lbg.warmup(0); show([before, lbg.warmup('cuda:0'), launch(64, 64, 64)])", gpus=gpu)
+    arch = int(gpu.split(":")[1])
+    symbols = [config.symbol for config in lbg.configs() if config.arch == arch]
+    assert outcome.printed == [len(symbols), len(symbols), ""]
+    assert {call["arch"] for call in outcome.of("cuLibraryLoadData")} == {arch}
+    assert [call["symbol"] for call in outcome.of("cuLibraryGetKernel")] == symbols
+
+
+def test_shared_memory_over_48_kb_is_opted_in_to(start: Start) -> None:
+    outcome = start("show(lbg.warmup(0))", gpus=HOPPER)
+    wanted = [(c.symbol, 8, c.shared_bytes, 0) for c in lbg.configs() if c.arch == 90 and c.shared_bytes > 48 * 1024]
+    found = [tuple(call[key] for key in ("symbol", "attribute", "value", "device")) for call in
+             outcome.of("cuKernelSetAttribute")]  # fmt: skip
+    assert found == wanted and wanted  # the stand-in refuses a launch that comes before
+
+
+def test_a_gpu_with_less_shared_memory_is_told_so(start: Start) -> None:
+    outcome = start("show(launch(16384, 4096, 4096))", gpus=HOPPER, OPTIN="65536")
+    assert "bytes of shared memory a block and NVIDIA H100 80GB HBM3 allows 65536" in outcome.printed
+    assert not outcome.of("cuLaunchKernel")
+
+
+def test_a_second_device_is_readied_apart_and_loads_nothing_again(start: Start) -> None:
+    outcome = start("show([launch(16384, 4096, 4096, device=d) for d in (0, 1, 0)])", gpus=f"{HOPPER},{HOPPER}")
+    assert outcome.printed == ["", "", ""] and len(outcome.of("cuLibraryLoadData")) == 1
+    assert [call["device"] for call in outcome.of("cuKernelSetAttribute")] == [0, 1]
+    assert [call["device"] for call in outcome.of("cuDevicePrimaryCtxRetain")] == [0, 1]
+    assert [call["context"] for call in outcome.of("cuLaunchKernel")] == [0, 1, 0]
+
+
+def test_loading_is_allowed_under_capture_and_the_mode_restored(start: Start) -> None:
+    outcome = start("show([launch(64, 64, 64), launch(64, 64, 64)])")
+    modes = [(call["from"], call["to"]) for call in outcome.of("cuThreadExchangeStreamCaptureMode")]
+    assert outcome.printed == ["", ""] and modes == [(0, 2), (2, 0)]
+    around = [n for n in outcome.names if n in ("cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData")]
+    assert around[1] == "cuLibraryLoadData"
+
+
+def test_eight_racing_threads_load_each_kernel_once(start: Start) -> None:
+    outcome = start("""
+texts, barrier = [], threading.Barrier(8)
+def race():
+    barrier.wait()
+    for out in ("float16", "float32"):
+        texts.append(launch(64, 64, 64, out=out))
+threads = [threading.Thread(target=race) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+show(texts)""")
+    assert outcome.printed == [""] * 16 and len(outcome.of("cuLaunchKernel")) == 16
+    assert len({call["thread"] for call in outcome.of("cuLaunchKernel")}) == 8
+    loaded = [call["symbol"] for call in outcome.of("cuLibraryGetKernel")]
+    assert len(loaded) == len(set(loaded)) == len(outcome.of("cuLibraryLoadData")) == 2
+    assert len(outcome.of("cuInit")) == len(outcome.of("cuDevicePrimaryCtxRetain")) == 1
+
+
+# ---- contexts
+
+WITH_CONTEXT = """
+cuda = ctypes.CDLL("libcuda.so.1")
+context = ctypes.c_void_p()
+cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), {device})
+cuda.cuCtxPushCurrent_v2(context)
+show([launch(64, 64, 64), launch(64, 64, 64)])
+"""
+
+
+def test_a_thread_without_a_context_gets_the_primary_one(start: Start) -> None:
+    outcome = start("show([launch(64, 64, 64), launch(64, 64, 64)])")
+    assert [call["context"] for call in outcome.of("cuCtxGetCurrent")] == [-1, -1]
+    assert [call["context"] for call in outcome.of("cuLaunchKernel")] == [0, 0]
+
+
+def test_a_current_primary_context_is_left_alone(start: Start) -> None:
+    outcome = start(WITH_CONTEXT.format(device=0))
+    assert outcome.printed == ["", ""]
+    assert len(outcome.of("cuCtxPushCurrent_v2")) == 1 and not outcome.of("cuCtxPopCurrent_v2")  # the program's own
+
+
+def test_another_devices_context_is_put_back(start: Start) -> None:
+    outcome = start(WITH_CONTEXT.format(device=1), gpus=f"{ADA},{ADA}")
+    assert outcome.printed == ["", ""] and [call["context"] for call in outcome.of("cuLaunchKernel")] == [0, 0]
+    assert [call["context"] for call in outcome.of("cuCtxGetCurrent")] == [1, 1]
+
+
+# ---- failures
+
+FAILING = {
+    "cuInit": "cuInit",
+    "cuDeviceGetCount": "cuDeviceGetCount",
+    "cuDeviceGet": "cuDeviceGet",
+    "cuDeviceGetName": "cuDeviceGetName",
+    "cuDeviceGetAttribute": "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRetain",
+    "cuCtxGetCurrent": "cuCtxGetCurrent",
+    "cuCtxPushCurrent_v2": "cuCtxPushCurrent",
+    "cuThreadExchangeStreamCaptureMode": "cuThreadExchangeStreamCaptureMode",
+    "cuLibraryLoadData": "cuLibraryLoadData",
+    "cuLibraryGetKernel": "cuLibraryGetKernel",
+    "cuKernelSetAttribute": "cuKernelSetAttribute",
+    "cuLaunchKernel": "cuLaunchKernel",
+}
+FAIL_THEN_SUCCEED = """
+texts = []
+for function in {functions!r}:
+    os.environ["LBG_STAND_IN_FAIL"] = function + ":700"
+    texts.append(launch(16384, 4096, 4096))
+del os.environ["LBG_STAND_IN_FAIL"]
+show(texts + [launch(16384, 4096, 4096)])
+"""
+
+
+def test_each_failing_function_is_named_and_forgotten(start: Start) -> None:
+    # in the order of a first launch, so that each is reached only because the failure before it was not kept
+    outcome = start(FAIL_THEN_SUCCEED.format(functions=list(FAILING)), gpus=HOPPER)
+    *texts, last = outcome.printed
+    for (function, told), text in zip(FAILING.items(), texts, strict=True):
+        wanted = f"{told} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700): an illegal memory access was encountered"
+        assert text.endswith(wanted), f"{function}: {text}"
+    assert last == "" and [call["result"] for call in outcome.of("cuLaunchKernel")] == [700, 0]
+    assert outcome.of("cuThreadExchangeStreamCaptureMode")[-1]["to"] == 0
+    assert len(outcome.of("cuCtxPushCurrent_v2")) == len(outcome.of("cuCtxPopCurrent_v2")) + 1  # the failed one
+
+
+@pytest.mark.parametrize("function", ["cuLibraryLoadData", "cuLaunchKernel"])
+def test_a_failed_launch_tells_kernel_and_sizes(start: Start, function: str) -> None:
+    text = start("show(launch(96, 160, 4096, x='float32'))", FAIL=f"{function}:2").printed
+    assert text.startswith("kernel lbg_fused_f32asf16_f16_") and function in text, text
+    assert "(M=96, N=160, K=4096, x float32, weight float16, result float16)" in text, text
+    assert "CUDA_ERROR_OUT_OF_MEMORY (2): out of memory" in text, text
+
+
+def test_warmup_raises_with_the_kernel(start: Start) -> None:
+    outcome = start("""
+try: lbg.warmup(0)
+except RuntimeError as error: show(str(error))""", FAIL="cuLibraryLoadData:209")  # fmt: skip
+    first = next(config.symbol for config in lbg.configs() if config.arch == 89)
+    assert outcome.printed.startswith(f"lbg: kernel {first}: cuLibraryLoadData failed: CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+
+def test_an_error_that_the_driver_cannot_name_keeps_its_number(start: Start) -> None:
+    outcome = start("show(launch(64, 64, 64))", FAIL="cuLaunchKernel:12345")
+    assert outcome.printed.endswith("cuLaunchKernel failed: unknown CUresult (12345): no description")
+
+
+def test_a_driver_that_does_not_open_is_told(start: Start, tmp_path: Path) -> None:
+    tmp_path.joinpath("libcuda.so.1").touch()
+    text = start("show(launch(64, 64, 64))", libcuda=tmp_path).printed
+    assert text.startswith("no NVIDIA driver found: ") and "libcuda.so.1" in text and "CUDA 12.0 or newer" in text, text
+
+
+def test_a_driver_that_is_too_old_is_told(start: Start) -> None:
+    text = start("show(launch(64, 64, 64))", VERSION="11080").printed
+    assert text == "the NVIDIA driver is for CUDA 11.8; lbg needs an NVIDIA driver for CUDA 12.0 or newer (525+)"
+
+
+def test_a_driver_that_does_not_tell_its_version(start: Start) -> None:
+    text = start("show(launch(64, 64, 64))", FAIL="cuDriverGetVersion:3").printed
+    assert "cuDriverGetVersion" in text and "(3)" in text and "CUDA 12.0 or newer" in text, text
+
+
+@pytest.mark.parametrize(("gpu", "told"), [("NVIDIA A10:86:72", "8.6"), ("NVIDIA GeForce RTX 5090:120:170", "12.0")])
+def test_a_gpu_that_is_not_shipped_for_is_named(start: Start, gpu: str, told: str) -> None:
+    outcome = start("show([launch(64, 64, 64), *lbg._C.warmup(0), lbg._C.gpu(0)[0]])", gpus=gpu)
+    name, wanted = gpu.split(":")[0], "this build of lbg ships kernels for sm_89, sm_90 only"
+    text, warmup, _, described = outcome.printed
+    assert text == warmup == described == f"cuda:0 is a {name} (compute capability {told}); {wanted}"
+    assert not outcome.of("cuLibraryLoadData") and not outcome.of("cuDevicePrimaryCtxRetain")
+
+
+@pytest.mark.parametrize("device", [-1, 1, 99])
+def test_a_device_that_is_not_there_is_told(start: Start, device: int) -> None:
+    text = start(f"show(launch(64, 64, 64, device={device}))").printed
+    assert text == f"there is no cuda:{device}; the driver shows 1 GPU(s)"
+
+
+def test_gpu_tells_name_arch_and_sm_count(start: Start) -> None:
+    outcome = start("show([lbg._C.gpu(0), lbg._C.gpu(1)])", gpus=f"{ADA},{HOPPER}")
+    assert outcome.printed == [["", "NVIDIA GeForce RTX 4090", 89, 128], ["", "NVIDIA H100 80GB HBM3", 90, 132]]
+
+
+def test_an_override_that_cannot_run_is_told(start: Start) -> None:
+    outcome = start("""
+symbol = next(config.symbol for config in lbg.configs() if config.aligned)
+with lbg.override(symbol):
+    texts = [launch(64, 64, 65), launch(64, 64, 64, weight="bfloat16", x="bfloat16", out="bfloat16")]
+show([symbol, *texts, launch(64, 64, 65)])""")
+    symbol, odd_k, other_dtype, after = outcome.printed
+    wanted = f"the overriding kernel {symbol} cannot run, so nothing runs M=64, N=64, K="
+    assert odd_k.startswith(f"{wanted}65, x float16") and odd_k.endswith("on sm_89"), odd_k
+    assert other_dtype.startswith(f"{wanted}64, x bfloat16") and after == ""
+
+
+def test_override_refuses_an_unknown_kernel() -> None:
+    with (
+        pytest.raises(ValueError, match=r"no kernel named 'nothing' is shipped; lbg.configs\(\) lists"),
+        lbg.override("nothing"),
+    ):
+        pass
+    assert lbg._C.get_override() == ""
+
+
+# ---- dispatch
+
+
+@pytest.mark.parametrize(("x", "weight", "out", "fp16_accumulate"), CLASSES)
+def test_dispatch_takes_the_lowest_predicted_legal_kernel(
+    x: torch.dtype, weight: torch.dtype, out: torch.dtype, fp16_accumulate: bool
+) -> None:
+    sizes = [(m, n, k) for m, n, k in shapes() if m and n] + [(16384, 4096, 4096), (2**33, 64, 64), (16, 2**31, 32)]
+    for arch in (89, 90):
+        for sm_count in (20, 58, 100, 128, 200):
+            for m, n, k in sizes:
+                tensors = torch.empty(m, k, dtype=x, device="meta"), torch.empty(n, k, dtype=weight, device="meta")
+                found = lbg.explain(
+                    *tensors, out_dtype=out, fp16_accumulate=fp16_accumulate, arch=arch, sm_count=sm_count
+                )
+                legal = [c for c in found.candidates if c.why_not is None]
+                assert found.chosen and legal and legal[0].config is found.chosen, f"{(m, n, k)}: {found}"
+                assert legal[0].predicted_us == min(c.predicted_us for c in legal if c.predicted_us), found
+                assert k % 16 == 0 or not found.chosen.aligned, found
+
+
+# arch and SM count of an RTX 4050, 4070, L4, RTX 4080, 4090, L40S, H100 PCIe, H100 SXM
+@pytest.mark.parametrize(
+    ("arch", "sm_count"), [(89, 20), (89, 46), (89, 58), (89, 76), (89, 128), (89, 142), (90, 114), (90, 132)]
+)
+def test_dispatch_fits_the_tile_to_m(arch: int, sm_count: int) -> None:
+    weight = torch.empty(4096, 4096, dtype=torch.float16, device="meta")
+    for x, fp16_accumulate in ((torch.float16, False), (torch.float32, False), (torch.float16, True)):
+        tile, found = {}, None
+        for m in (1, 16, 16384):
+            rows = torch.empty(m, 4096, dtype=x, device="meta")
+            found = lbg.explain(rows, weight, fp16_accumulate=fp16_accumulate, arch=arch, sm_count=sm_count)
+            assert found.chosen and found.chosen.aligned, found
+            tile[m] = found.chosen.tile_m, found.chosen.tile_n
+        assert tile[1][0] < 128 and tile[16][0] < 128 and min(tile[16384]) >= 64, f"{tile}\n{found}"
+        if sm_count in (128, 132) and not fp16_accumulate:  # the GPUs that the tiles were chosen for
+            assert tile[16384][0] == 128, f"{tile}\n{found}"
+
+
+def test_the_predicted_time_is_what_is_documented() -> None:
+    x, weight = (torch.empty(size, 4100, dtype=torch.float16) for size in (1000, 520))
+    found = lbg.explain(x, weight, arch=89, sm_count=20)
+    for candidate in found.candidates:
+        config = candidate.config
+        ctas, steps = -(-1000 // config.tile_m) * -(-520 // config.tile_n), -(-4100 // config.tile_k)
+        a_sm, waves = -(-ctas // 20), -(-ctas // (20 * config.ctas_per_sm))
+        wanted = waves * config.fixed_us + steps * max(a_sm * config.step_us, waves * config.latency_us)
+        assert candidate.why_not or candidate.predicted_us == pytest.approx(wanted, rel=1e-4), candidate
+    assert found.chosen and not found.chosen.aligned and "a row stride is not a multiple of 16" in str(found)

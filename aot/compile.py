@@ -33,7 +33,7 @@ STRIDES = (
 )  # fmt: skip
 # What an aligned kernel relies on; csrc/dispatch.cpp's why_not() is the other side of this promise.
 ALIGNED_UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_scale", "stride_shift", "stride_on")
-ALIGNED_DIVISIBLE_BY_16 = (*POINTERS, "stride_xm", "stride_wn", "stride_om", "K")
+ALIGNED_DIVISIBLE_BY_16 = (*POINTERS, "stride_xm", "stride_wn", "stride_om", "N", "K")
 
 
 @dataclass(frozen=True)

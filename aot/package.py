@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -111,7 +111,12 @@ def _setup(root: Path, version: str, library: Path | None, command: str, directo
     build = root / "build"
     build.mkdir(exist_ok=True)
     # A fresh folder each time: what an earlier build left must not reach this wheel.
-    with tempfile.TemporaryDirectory(dir=build) as base, _reproducible(root), redirect_stdout(output):
+    with (
+        tempfile.TemporaryDirectory(dir=build) as base,
+        _reproducible(root),
+        redirect_stdout(output),
+        redirect_stderr(output),
+    ):
         setuptools.setup(
             distclass=Distribution,
             script_name="build.py",

@@ -51,7 +51,7 @@ const char* why_not(const Config& c, const Problem& p, bool aligned_pointers, in
   if (p.stride_xk != 1 || p.stride_wk != 1 || p.stride_on != 1) return "an inner stride is not 1";
   if (p.stride_scale != 1 || p.stride_shift != 1) return "scale or shift is not contiguous";
   if (p.stride_xm % 16 || p.stride_wn % 16 || p.stride_om % 16) return "a row stride is not a multiple of 16";
-  if (p.k % 16) return "K is not a multiple of 16";
+  if (p.n % 16 || p.k % 16) return "N or K is not a multiple of 16";
   if (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - c.tile_k) return "a size needs 64 bits";
   return nullptr;
 }

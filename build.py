@@ -79,11 +79,14 @@ def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path
 
 
 def report_table(reports: list[Report]) -> str:
-    head = f"{'kernel':<52} arch regs spill stack shared CTAs/SM (reg,smem,warp) stores mma loop/all    size seconds"
+    head = (
+        f"{'kernel':<52} arch regs spill stack shared CTAs/SM (reg,smem,warp) stores width mma loop/all    size seconds"
+    )
     rows = [
         f"{r.symbol:<52} {r.arch:>4} {r.registers:>4} {r.spill_bytes:>5} {r.stack_bytes:>5} {r.shared_bytes:>6} "
         f"{r.ctas_per_sm['all']:>7} {'({registers},{shared},{warps})'.format(**r.ctas_per_sm):>15} "
-        f"{r.stores_per_output:>6g} {f'{r.loop_mma}/{r.mma}':>12} {r.size_bytes:>7} {r.seconds:>7}"
+        f"{r.stores_per_output:>6g} {r.store_width_bytes:>5} {f'{r.loop_mma}/{r.mma}':>12} "
+        f"{r.size_bytes:>7} {r.seconds:>7}"
         for r in reports
     ]
     return "\n".join([head, *rows])

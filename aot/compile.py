@@ -53,6 +53,7 @@ class Report:
     ctas_per_sm: dict[str, int]
     stores_per_output: float  # global stores of an element, over the output elements of the tile: 1 is the rule
     stores_in_loop: int
+    store_width_bytes: int  # of the narrowest store instruction, a thread
     loop_mma: int  # matrix instructions in the main loop, a warp
     mma: int  # in the whole kernel
     cost: dict[str, float]
@@ -209,6 +210,12 @@ def check(config: Config, report: Report) -> None:
             f"{name}: an intermediate store: {report.stores_per_output:g} stores per output element, "
             f"{report.stores_in_loop} inside a loop; the rule is 1 and 0"
         )
+    # A thread's share of the tile, up to a vector: less means that a hint is missing in ALIGNED_DIVISIBLE_BY_16.
+    share = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out] // (config.warps * 32)
+    if config.aligned and report.store_width_bytes < min(16, share):
+        raise BuildError(
+            f"{name}: a fast kernel stores {report.store_width_bytes} bytes at a time, not {min(16, share)}"
+        )
     if report.shared_bytes > limit:
         raise BuildError(f"{name}: {report.shared_bytes} bytes of shared memory a block; the limit is {limit}")
     if not report.mma:
@@ -238,6 +245,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         ctas_per_sm=ctas,
         stores_per_output=sum(map(store_bytes, sass)) * config.warps * 32 / outputs,
         stores_in_loop=sum(bool(store_bytes(i)) for body in bodies for i in body),
+        store_width_bytes=min(filter(None, map(store_bytes, sass)), default=0),
         loop_mma=max((sum(map(is_mma, body)) for body in bodies), default=0),
         mma=sum(map(is_mma, sass)),
         cost=asdict(cost(config)),

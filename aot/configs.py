@@ -58,12 +58,15 @@ class Config:
     stages: int
     epilogue_parts: int = 1  # 2 where the epilogue of a whole tile would spill
     group_m: int = 8  # tiles_m that share a pass over the weight: x and weight rows in flight stay well inside L2
+    tma: bool = False  # lbg_fused_tma: persistent, with tensor maps made by the launcher
+    tma_store: bool = True  # of it: the result leaves through a tensor map too, or by pointers
+    flatten: bool = True  # of it: one loop over tiles and K, so that loads run on across tiles
 
     @property
     def symbol(self) -> str:
         x = self.x if self.x == self.weight else f"{self.x}as{self.weight}"
         mode = "_acc16" if self.fp16_accumulate else ""
-        kind = "" if self.aligned else "_any"
+        kind = "_tma" if self.tma else "" if self.aligned else "_any"
         return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{self.stages}{kind}"
 
     @property
@@ -96,6 +99,8 @@ TILES = {
     (90, "x32"): ((128, 256, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 128, 4, 3), (16, 32, 256, 4, 3)),
     (90, "acc16"): ((64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (16, 64, 64, 4, 3)),
 }
+# Of 16-bit x on sm_90 besides: persistent, for M that fills the GPU more than once.
+TMA_TILE = (128, 256, 64, 8, 3)
 # Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements.
 GENERIC_TILE = {False: (64, 64, 32, 4, 2), True: (32, 64, 64, 4, 2)}
 
@@ -110,6 +115,8 @@ def configs() -> Iterator[Config]:
                     # 1.69 ms for 1.62 (sm_89) and 1.11 for 1.08 (sm_90).
                     parts = 2 if tile[0] * tile[1] >= 128 * 128 else 1
                     yield Config(arch, x, weight, out, fp16_accumulate, True, *tile, epilogue_parts=parts)
+                if (arch, kind) == (90, "x16"):
+                    yield Config(arch, x, weight, out, False, True, *TMA_TILE, epilogue_parts=2, tma=True)
                 yield Config(arch, x, weight, out, fp16_accumulate, False, *GENERIC_TILE[fp16_accumulate])
 
 

@@ -6,6 +6,7 @@ Standard library only: this runs before anything is installed.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -24,7 +25,12 @@ def project(root: Path) -> dict[str, Any]:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
-        from pip._vendor import tomli as tomllib
+        try:
+            from pip._vendor import tomli as tomllib
+        except ModuleNotFoundError:
+            raise BuildError(
+                "missing tool: Python 3.10 needs pip to read pyproject.toml (apt install python3-pip)"
+            ) from None
     data: dict[str, Any] = tomllib.loads(root.joinpath("pyproject.toml").read_text())
     return data
 
@@ -59,6 +65,8 @@ def make(folder: Path, *steps: list[str], without: tuple[str, ...] = ()) -> Path
     key = hashlib.sha256(repr((steps, without, sys.version)).encode()).hexdigest()
     if mark.exists() and mark.read_text() == key:
         return python
+    if importlib.util.find_spec("ensurepip") is None:
+        raise BuildError("missing tool: Python's venv with pip (on Debian and Ubuntu: apt install python3-venv)")
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True, symlinks=True)
     for packages in steps:

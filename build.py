@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +49,7 @@ def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path
     """Every config of `archs` as a cubin in `folder`/cubins; (artifacts in table order, how many were compiled now)."""
     from tqdm import tqdm
 
-    from aot.compile import Artifact, cached
+    from aot.compile import cached
     from aot.configs import CONFIGS
 
     configs = [config for config in CONFIGS if config.arch in archs]
@@ -74,7 +74,7 @@ def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path
         made = done[index][0]
         path = cubins / f"{config.file}.cubin"
         shutil.copyfile(made.cubin, path)  # its time is now: ninja must see that it changed, to an older one too
-        artifacts.append(Artifact(config, made.arguments, path, made.report))
+        artifacts.append(replace(made, config=config, cubin=path))
     return artifacts, sum(fresh for _, fresh in done.values())
 
 

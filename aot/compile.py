@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from aot import BuildError
@@ -34,6 +34,7 @@ STRIDES = (
 # What an aligned kernel relies on; csrc/dispatch.cpp's why_not() is the other side of this promise.
 ALIGNED_UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_scale", "stride_shift", "stride_on")
 ALIGNED_DIVISIBLE_BY_16 = (*POINTERS, "stride_xm", "stride_wn", "stride_om", "N", "K")
+TMA_DIVISIBLE_BY_16 = ("scale_ptr", "shift_ptr", "N")  # a tensor map has promises of its own
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Report:
 class Artifact:
     config: Config
     arguments: tuple[str, ...]  # the cubin's runtime parameters, in order
+    boxes: dict[str, tuple[int, int, int]]  # of the arguments that are tensor maps: rows, columns, CUtensorMapSwizzle
     cubin: Path
     report: Report
 
@@ -89,6 +91,8 @@ def _run(*command: str) -> str:
 
 def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
     """(types, constants, hints) for triton: an aligned kernel's promises become constants and divisibility."""
+    if config.tma:
+        return tma_signature(config)
     size_type = "i32" if config.aligned else "i64"
     pointees = (config.x, config.weight, "f32", "f32", config.out)
     types = {name: "*" + TRITON_TYPES[dtype] for name, dtype in zip(POINTERS, pointees)}
@@ -110,8 +114,44 @@ def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[t
     return types, constants, {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
 
 
-def to_ptx(config: Config) -> tuple[str, dict[str, int]]:
-    """(PTX, metadata) of one config."""
+def tma_signature(
+    config: Config,
+) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
+    element, out = TRITON_TYPES[config.x], TRITON_TYPES[config.out]
+    types = {
+        "x_desc": f"tensordesc<{element}[{config.tile_m},{config.tile_k}]>",
+        "weight_desc": f"tensordesc<{element}[{config.tile_n},{config.tile_k}]>",
+        "scale_ptr": "*fp32",
+        "shift_ptr": "*fp32",
+        "out_desc": f"tensordesc<{out}[{config.tile_m},{config.tile_n // config.epilogue_parts}]>",
+        **dict.fromkeys(SIZES, "i32"),
+    }
+    constants: dict[str, object] = {
+        "TILE_M": config.tile_m,
+        "TILE_N": config.tile_n,
+        "TILE_K": config.tile_k,
+        "GROUP_M": config.group_m,
+        "EPILOGUE_PARTS": config.epilogue_parts,
+        "SYMBOL": config.symbol,
+    }
+    names = list(types)
+    hints: dict[tuple[int, ...], list[list[object]]] = {
+        (names.index(name),): [["tt.divisibility", 16]] for name in TMA_DIVISIBLE_BY_16
+    }
+    return types | dict.fromkeys(constants, "constexpr"), constants, hints
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What triton makes of one config."""
+
+    ttir: str
+    ptx: str
+    shared_bytes: int
+    boxes: dict[str, tuple[int, int, int]]  # Artifact's
+
+
+def to_ptx(config: Config) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -119,7 +159,8 @@ def to_ptx(config: Config) -> tuple[str, dict[str, int]]:
     from aot import kernels
 
     types, constants, hints = signature(config)
-    source = ASTSource(fn=kernels.lbg_fused, signature=types, constexprs=constants, attrs=hints)
+    kernel = kernels.lbg_fused_tma if config.tma else kernels.lbg_fused
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=hints)
     options = {
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -137,7 +178,9 @@ def to_ptx(config: Config) -> tuple[str, dict[str, int]]:
             )
     if metadata.name != config.symbol:
         raise BuildError(f"{config.symbol}: triton named the kernel {metadata.name}; a launcher would not find it")
-    return compiled.asm["ptx"], {"shared_bytes": metadata.shared}
+    maps = [name for name, kind in types.items() if kind.startswith("tensordesc")]
+    boxes = {name: (*meta["block_size"], meta["swizzle"]) for name, meta in zip(maps, metadata.tensordesc_meta or ())}
+    return Compiled(compiled.asm["ttir"], compiled.asm["ptx"], metadata.shared, boxes)
 
 
 def assemble(ptx: str, arch: int, cubin: Path) -> tuple[int, int, int]:
@@ -187,6 +230,36 @@ def store_bytes(instruction: Instruction) -> int:
     return next((widths[part] for part in parts if part in widths), 4)
 
 
+def stored_bytes(config: Config, sass: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
+    """What a CTA stores of one tile, if each store instruction runs once."""
+    by_threads = sum(map(store_bytes, sass)) * config.warps * 32
+    if not (tma_stores := sum(i.opcode.startswith("UTMASTG") for i in sass)):
+        return by_threads
+    rows, columns, _ = boxes["out_desc"]
+    at_once = min(config.tile_n // config.epilogue_parts // columns, config.warps)  # a warp's leader stores one box
+    return by_threads + tma_stores * at_once * rows * columns * ELEMENT_BYTES[config.out]
+
+
+def store_width(config: Config, sass: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
+    """Bytes that the narrowest store instruction writes side by side."""
+    if config.tma:
+        return boxes["out_desc"][1] * ELEMENT_BYTES[config.out]
+    return min(filter(None, map(store_bytes, sass)), default=0)
+
+
+def stores_in_k_loop(ttir: str) -> int:
+    """Stores inside the inner of a persistent kernel's two loops, as triton's first stage indents them."""
+    count, loops = 0, []
+    for line in ttir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1]:
+            loops.pop()
+        count += len(loops) > 1 and bool(re.search(r"\btt\.(descriptor_)?store\b", line))
+        if "scf.for" in line:
+            loops.append(indent)
+    return count
+
+
 def loops(sass: list[Instruction]) -> list[list[Instruction]]:
     """Loop bodies: what lies between a backward branch and its target. The trap at the end branches to itself."""
     return [
@@ -225,11 +298,11 @@ def check(config: Config, report: Report) -> None:
 def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     """Compiles, assembles, reads back and checks one config."""
     start = time.perf_counter()
-    ptx, metadata = to_ptx(config)
-    registers, spill, stack = assemble(ptx, cubin_arch, cubin)
+    compiled = to_ptx(config)
+    registers, spill, stack = assemble(compiled.ptx, cubin_arch, cubin)
     sass = disassemble(cubin)
     bodies = loops(sass)
-    ctas = ctas_per_sm(config, registers, metadata["shared_bytes"])
+    ctas = ctas_per_sm(config, registers, compiled.shared_bytes)
     outputs = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]
     report = Report(
         symbol=config.symbol,
@@ -241,11 +314,14 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         registers=registers,
         spill_bytes=spill,
         stack_bytes=stack,
-        shared_bytes=metadata["shared_bytes"],
+        shared_bytes=compiled.shared_bytes,
         ctas_per_sm=ctas,
-        stores_per_output=sum(map(store_bytes, sass)) * config.warps * 32 / outputs,
-        stores_in_loop=sum(bool(store_bytes(i)) for body in bodies for i in body),
-        store_width_bytes=min(filter(None, map(store_bytes, sass)), default=0),
+        stores_per_output=stored_bytes(config, sass, compiled.boxes) / outputs,
+        # The loop over tiles holds the stores of a persistent kernel by right.
+        stores_in_loop=stores_in_k_loop(compiled.ttir)
+        if config.tma
+        else sum(bool(store_bytes(i)) for body in bodies for i in body),
+        store_width_bytes=store_width(config, sass, compiled.boxes),
         loop_mma=max((sum(map(is_mma, body)) for body in bodies), default=0),
         mma=sum(map(is_mma, sass)),
         cost=asdict(cost(config)),
@@ -254,7 +330,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     )
     check(config, report)
     types, constants, _ = signature(config)
-    return Artifact(config, tuple(name for name in types if name not in constants), cubin, report)
+    return Artifact(config, tuple(name for name in types if name not in constants), compiled.boxes, cubin, report)
 
 
 def cache_key(config: Config, cubin_arch: int) -> str:
@@ -274,7 +350,8 @@ def cached(config: Config, cubin_arch: int, cache: Path) -> tuple[Artifact, bool
     cubin, record = cache / f"{key}.cubin", cache / f"{key}.json"
     if cubin.exists() and record.exists():
         data = json.loads(record.read_text())
-        return Artifact(config, tuple(data["arguments"]), cubin, Report(**data["report"])), False
+        boxes = {name: tuple(box) for name, box in data["boxes"].items()}
+        return Artifact(config, tuple(data["arguments"]), boxes, cubin, Report(**data["report"])), False
     cache.mkdir(parents=True, exist_ok=True)
     partial = cache / f"{key}.{os.getpid()}.partial"
     try:
@@ -283,6 +360,7 @@ def cached(config: Config, cubin_arch: int, cache: Path) -> tuple[Artifact, bool
     finally:
         partial.unlink(missing_ok=True)
     scratch = partial.with_suffix(".json")
-    scratch.write_text(json.dumps({"arguments": artifact.arguments, "report": asdict(artifact.report)}, indent=1))
+    data = {"arguments": artifact.arguments, "boxes": artifact.boxes, "report": asdict(artifact.report)}
+    scratch.write_text(json.dumps(data, indent=1))
     scratch.replace(record)  # last, so that an interrupted build leaves no record without its cubin
-    return Artifact(config, artifact.arguments, cubin, artifact.report), True
+    return replace(artifact, cubin=cubin), True

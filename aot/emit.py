@@ -12,31 +12,53 @@ C_DTYPES = {"f16": "DType::f16", "bf16": "DType::bf16", "f32": "DType::f32"}
 MINIMUM_DRIVER = "12.0"  # cuLibraryLoadData, and the newest ptxas 12.x cubins load on any 12.x driver
 
 LAUNCHER = """\
-Status launch_{index}(const LaunchSite& site, const Config& config, const Problem& problem, const Operands& operands) {{
+Status launch_{index}(const LaunchSite& site, const Problem& problem, const Operands& operands) {{
   {locals}
   uint64_t global_scratch = 0, profile_scratch = 0;  // the two trailing parameters of every triton kernel; both empty
   void* params[] = {{{params}, &global_scratch, &profile_scratch}};
-  return submit(site, {{static_cast<uint32_t>(tiles(config, problem)), {block}, {shared}, params}});
+  return submit(site, {{{block}, {shared}, params}});
 }}
 """
 
+# The matrix behind each tensor map: its operand, rows, columns and row stride.
+MATRICES = {
+    "x_desc": ("x", "m", "k", "stride_xm"),
+    "weight_desc": ("weight", "n", "k", "stride_wn"),
+    "out_desc": ("out", "m", "n", "stride_om"),
+}
+DESCRIPTOR = """\
+Descriptor {argument};
+  const Matrix {operand}_matrix{{operands.{operand}, {dtype}, problem.{rows}, problem.{columns}, problem.{stride}}};
+  if (Status status = encode(site, {operand}_matrix, {{{box}}}, &{argument}); !status.ok()) return status;"""
 
-def local(argument: str, aligned: bool) -> str:
+
+def local(argument: str, artifact: Artifact) -> str:
     """The C++ local that holds one kernel parameter, in the type that the kernel was compiled for."""
+    if box := artifact.boxes.get(argument):
+        operand, rows, columns, stride = MATRICES[argument]
+        dtype = C_DTYPES[getattr(artifact.config, operand)]
+        return DESCRIPTOR.format(**locals() | {"box": ", ".join(map(str, box))})
     if argument in POINTERS:
         return f"auto* {argument} = operands.{argument.removesuffix('_ptr')};"
     value = f"problem.{argument.lower()}"
-    if argument in ("M", "N", "K") and aligned:
+    if argument in ("M", "N", "K") and artifact.config.aligned:
         return f"auto {argument} = static_cast<int32_t>({value});"
     return f"int64_t {argument} = {value};"
+
+
+def parameters(argument: str, artifact: Artifact) -> str:
+    """The addresses of what triton takes for one argument: for a tensor map, its shape and strides too."""
+    if argument not in artifact.boxes:
+        return f"&{argument}"
+    return ", ".join(f"&{argument}.{field}" for field in ("map", "shape[0]", "shape[1]", "strides[0]", "strides[1]"))
 
 
 def launcher(index: int, artifact: Artifact) -> str:
     config, arguments = artifact.config, artifact.arguments
     return LAUNCHER.format(
         index=index,
-        locals="\n  ".join(local(argument, config.aligned) for argument in arguments),
-        params=", ".join(f"&{argument}" for argument in arguments),
+        locals="\n  ".join(local(argument, artifact) for argument in arguments),
+        params=", ".join(parameters(argument, artifact) for argument in arguments),
         block=config.warps * 32,
         shared=artifact.report.shared_bytes,
     )
@@ -45,7 +67,7 @@ def launcher(index: int, artifact: Artifact) -> str:
 def row(index: int, artifact: Artifact) -> str:
     config, report = artifact.config, artifact.report
     costs = ", ".join(map(str, report.cost.values()))
-    flags = f"{str(config.fp16_accumulate).lower()}, {str(config.aligned).lower()}"
+    flags = ", ".join(str(flag).lower() for flag in (config.fp16_accumulate, config.aligned, config.tma))
     return (
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '
         f"{C_DTYPES[config.out]}, {flags}, {config.tile_m}, {config.tile_n}, {config.tile_k}, {config.warps}, "

@@ -1,10 +1,11 @@
-"""The kernel family: one Triton function, compiled once for every row of configs.py.
+"""The kernel family: two Triton functions, one of them compiled for every row of configs.py.
 
     y[m, n] = relu(gelu((sum_k x[m, k] * weight[n, k]) * scale[n] + shift[n]))
 
 An aligned kernel takes rows that start on 16-byte boundaries, so that every main-loop load is an unmasked 16-byte
 copy; a generic one takes any strides and masks. Both add the products of a row in the same order (K ascending, 16 at
-a time), which is what makes a row's bits the same in every kernel.
+a time), which is what makes a row's bits the same in every kernel. lbg_fused takes a tile a CTA; lbg_fused_tma (sm_90)
+keeps its CTAs and walks the tiles, and leaves addresses and edges to the TMA unit.
 """
 
 import triton
@@ -65,16 +66,8 @@ def lbg_fused(
     FP16_ACCUMULATE: tl.constexpr,
     SYMBOL: tl.constexpr,
 ):
-    # Tiles are walked GROUP_M rows of tiles at a time, column by column within a group, so that the tiles in flight
-    # share their rows of x and of weight in L2.
-    tiles_m = tl.cdiv(M, TILE_M)
-    tiles_n = tl.cdiv(N, TILE_N)
-    tile = tl.program_id(0)
-    group_first = (tile // (GROUP_M * tiles_n)) * GROUP_M
-    group_rows = tl.minimum(tiles_m - group_first, GROUP_M)
-    in_group = tile % (GROUP_M * tiles_n)
-    offs_m = (group_first + in_group % group_rows) * TILE_M + tl.arange(0, TILE_M)
-    tile_n = in_group // group_rows
+    tile_m, tile_n = tile_position(tl.program_id(0), tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N), GROUP_M)
+    offs_m = tile_m * TILE_M + tl.arange(0, TILE_M)
     offs_n = tile_n * TILE_N + tl.arange(0, TILE_N)
     offs_k = tl.arange(0, TILE_K)
     # Rows past the edge read the last row again instead of being masked: the loop stays free of predicates, and what
@@ -116,13 +109,65 @@ def lbg_fused(
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (cols[None, :] < N))
 
 
+@triton.jit(repr=_symbol)
+def lbg_fused_tma(
+    x_desc,
+    weight_desc,
+    scale_ptr,
+    shift_ptr,
+    out_desc,
+    M,
+    N,
+    K,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EPILOGUE_PARTS: tl.constexpr,
+    SYMBOL: tl.constexpr,
+):
+    # What lies past an edge is read as 0 and is not stored, so K needs no tail and M and N no masks.
+    tiles_m = tl.cdiv(M, TILE_M)
+    tiles_n = tl.cdiv(N, TILE_N)
+    # A tile's store is left to the TMA unit while the next tile is begun.
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
+        first_m = tile_m * TILE_M
+        first_n = tile_n * TILE_N
+        acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
+        for k in range(0, K, TILE_K):
+            acc = tl.dot(x_desc.load([first_m, k]), weight_desc.load([first_n, k]).T, acc)
+        PART_N: tl.constexpr = TILE_N // EPILOGUE_PARTS
+        parts = column_parts(acc, TILE_M, TILE_N, EPILOGUE_PARTS)
+        for part in tl.static_range(EPILOGUE_PARTS):
+            cols = first_n + part * PART_N + tl.arange(0, PART_N)
+            cols_read = tl.minimum(cols, N - 1)
+            scale = tl.load(scale_ptr + cols_read)
+            shift = tl.load(shift_ptr + cols_read)
+            y = relu_gelu(parts[part] * scale[None, :] + shift[None, :])
+            out_desc.store([first_m, first_n + part * PART_N], y.to(out_desc.dtype))
+
+
+@triton.jit
+def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of the tile-th tile: GROUP_M rows of tiles at a time, column by column within a group, so that the
+    tiles in flight share their rows of x and of weight in L2."""
+    group_first = (tile // (GROUP_M * tiles_n)) * GROUP_M
+    group_rows = tl.minimum(tiles_m - group_first, GROUP_M)
+    in_group = tile % (GROUP_M * tiles_n)
+    return group_first + in_group % group_rows, in_group // group_rows
+
+
 @triton.jit
 def column_parts(acc, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PARTS: tl.constexpr):
-    """acc's columns as PARTS (1 or 2) tensors of equal width, left to right."""
+    """acc's columns as PARTS (a power of 2) tensors of equal width, left to right."""
     if PARTS == 1:
         return (acc,)
     else:
-        return acc.reshape(TILE_M, 2, TILE_N // 2).permute(0, 2, 1).split()
+        left, right = acc.reshape(TILE_M, 2, TILE_N // 2).permute(0, 2, 1).split()
+        return column_parts(left, TILE_M, TILE_N // 2, PARTS // 2) + column_parts(
+            right, TILE_M, TILE_N // 2, PARTS // 2
+        )
 
 
 @triton.jit

@@ -39,6 +39,10 @@ int64_t tiles(const Config& c, const Problem& p) {
   return ((p.m + c.tile_m - 1) / c.tile_m) * ((p.n + c.tile_n - 1) / c.tile_n);
 }
 
+int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
+  return c.tma ? std::min(tiles(c, p), int64_t{sm_count} * c.ctas_per_sm) : tiles(c, p);
+}
+
 const char* why_not(const Config& c, const Problem& p, bool aligned_pointers, int32_t arch) {
   constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
   if (c.arch != arch) return "built for another GPU";
@@ -53,6 +57,12 @@ const char* why_not(const Config& c, const Problem& p, bool aligned_pointers, in
   if (p.stride_xm % 16 || p.stride_wn % 16 || p.stride_om % 16) return "a row stride is not a multiple of 16";
   if (p.n % 16 || p.k % 16) return "N or K is not a multiple of 16";
   if (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - c.tile_k) return "a size needs 64 bits";
+  if (!c.tma) return nullptr;
+  // What a tensor map can hold.
+  if (p.k == 0) return "K is 0";
+  if (p.n % 16) return "N is not a multiple of 16";
+  if (p.stride_xm < p.k || p.stride_wn < p.k || p.stride_om < p.n) return "rows overlap";
+  if (std::max({p.stride_xm, p.stride_wn, p.stride_om}) >= int64_t{1} << 38) return "a row stride needs 40 bits";
   return nullptr;
 }
 
@@ -61,7 +71,7 @@ double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
   const auto a_sm = static_cast<double>((ctas + sm_count - 1) / sm_count);
   const auto waves = static_cast<double>((ctas + slots - 1) / slots);
   const auto steps = static_cast<double>((p.k + c.tile_k - 1) / c.tile_k);
-  return waves * c.fixed_us + steps * std::max(a_sm * c.step_us, waves * c.latency_us);
+  return (c.tma ? 1 : waves) * c.fixed_us + steps * std::max(a_sm * c.step_us, waves * c.latency_us);
 }
 
 namespace {

@@ -14,6 +14,7 @@ using CUcontext = struct CUctx_st*;
 using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
 using CUstream = struct CUstream_st*;
+using CUtensorMap = uint64_t[16];  // 64-byte aligned
 
 constexpr CUresult CUDA_SUCCESS = 0;
 constexpr int CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
@@ -22,6 +23,12 @@ constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
 constexpr int CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;
 constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
+constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6;
+constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7;
+constexpr int CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9;
+constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0;
+constexpr int CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2;
+constexpr int CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
 
 // name, parameters: what follows the function's own name in the driver's headers
 #define LBG_DRIVER_FUNCTIONS(F)                                                                              \
@@ -43,6 +50,9 @@ constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
   F(cuLibraryUnload, (CUlibrary library))                                                                    \
   F(cuLibraryGetKernel, (CUkernel * kernel, CUlibrary library, const char* symbol))                          \
   F(cuKernelSetAttribute, (int attribute, int value, CUkernel kernel, CUdevice device))                      \
+  F(cuTensorMapEncodeTiled, (CUtensorMap * map, int dtype, unsigned rank, void* data, const uint64_t* sizes, \
+                             const uint64_t* strides, const unsigned* box, const unsigned* element_strides,  \
+                             int interleave, int swizzle, int l2_promotion, int oob_fill))                   \
   F(cuLaunchKernel,                                                                                          \
     (CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
      unsigned block_z, unsigned shared_bytes, CUstream stream, void** params, void** extra))

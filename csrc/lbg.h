@@ -34,12 +34,30 @@ struct Operands {
 };
 
 struct Launch {
-  uint32_t grid, block, shared_bytes;
+  uint32_t block, shared_bytes;
   void** params;
 };
 
-struct LaunchSite;  // runtime.cpp: the device, the kernel and the stream that a launcher hands its parameters to
+struct LaunchSite;  // runtime.cpp: the kernel, the stream and the grid that a launcher hands its parameters to
 Status submit(const LaunchSite& site, const Launch& launch);
+
+// A row-major matrix, in elements, and how a kernel's TMA unit goes through it: a box at a time.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t rows, columns, stride;
+};
+struct Box {
+  uint32_t rows, columns;
+  int32_t swizzle;  // CUtensorMapSwizzle
+};
+// What triton's kernels take for such a matrix.
+struct Descriptor {
+  alignas(64) uint64_t map[16];  // CUtensorMap
+  int32_t shape[2];
+  int64_t strides[2];
+};
+Status encode(const LaunchSite& site, const Matrix& matrix, const Box& box, Descriptor* descriptor);
 
 // One compiled kernel. The rows are generated from aot/configs.py; `launch` packs this cubin's own parameter list.
 struct Config {
@@ -48,12 +66,13 @@ struct Config {
   int32_t arch;           // the arch the cubin runs on; another one only in a verification build
   DType x, weight, out;
   bool fp16_accumulate, aligned;
+  bool tma;  // persistent, its operands behind tensor maps
   int32_t tile_m, tile_n, tile_k, warps, stages;
   int32_t shared_bytes, registers, ctas_per_sm;
   double fixed_us, step_us, latency_us;  // predicted_us's constants
   const unsigned char* cubin;
   size_t cubin_bytes;
-  Status (*launch)(const LaunchSite&, const Config&, const Problem&, const Operands&);
+  Status (*launch)(const LaunchSite&, const Problem&, const Operands&);
 };
 
 extern const Config kConfigs[];
@@ -70,10 +89,14 @@ bool aligned16(const Operands& operands);
 const char* why_not(const Config& config, const Problem& problem, bool aligned_pointers, int32_t arch);
 
 // Microseconds: every wave of CTAs pays its fixed cost; each K step takes the work of all CTAs that share an SM, or the
-// latency that a CTA cannot hide once a wave, whichever is longer.
+// latency that a CTA cannot hide once a wave, whichever is longer. A persistent kernel pays the fixed cost once: it
+// loads for the next tile while it finishes one.
 double predicted_us(const Config& config, const Problem& problem, int32_t sm_count);
 
 int64_t tiles(const Config& config, const Problem& problem);
+
+// CTAs of a launch: one a tile, and no more than fit on the GPU at once if they are persistent.
+int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
 
 // The config with the lowest predicted time among those that can run, the earlier row on a tie; nullptr if none can.
 const Config* choose(const Problem& problem, bool aligned_pointers, int32_t arch, int32_t sm_count);

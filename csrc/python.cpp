@@ -33,9 +33,9 @@ std::string json(const Config& c) {
   return "{\"symbol\": " + quoted(c.symbol) + number("arch", c.arch) + number("compiled_arch", c.compiled_arch) +
          field("x", quoted(lbg::name(c.x))) + field("weight", quoted(lbg::name(c.weight))) +
          field("out", quoted(lbg::name(c.out))) + field("fp16_accumulate", boolean(c.fp16_accumulate)) +
-         field("aligned", boolean(c.aligned)) + number("tile_m", c.tile_m) + number("tile_n", c.tile_n) +
-         number("tile_k", c.tile_k) + number("warps", c.warps) + number("stages", c.stages) +
-         number("shared_bytes", c.shared_bytes) + number("registers", c.registers) +
+         field("aligned", boolean(c.aligned)) + field("tma", boolean(c.tma)) + number("tile_m", c.tile_m) +
+         number("tile_n", c.tile_n) + number("tile_k", c.tile_k) + number("warps", c.warps) +
+         number("stages", c.stages) + number("shared_bytes", c.shared_bytes) + number("registers", c.registers) +
          number("ctas_per_sm", c.ctas_per_sm) + number("fixed_us", c.fixed_us) + number("step_us", c.step_us) +
          number("latency_us", c.latency_us) + "}";
 }

@@ -190,10 +190,34 @@ struct LaunchSite {
   const Driver& driver;
   CUkernel kernel;
   CUstream stream;
+  uint32_t grid;
 };
 
+// The values are those of triton's own launcher; sizes, strides and box go innermost dimension first, strides in bytes.
+Status encode(const LaunchSite& site, const Matrix& matrix, const Box& box, Descriptor* descriptor) {
+  constexpr struct {
+    int type;
+    uint64_t bytes;
+  } kElements[] = {{CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2},
+                   {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2},
+                   {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4}};
+  const auto& element = kElements[static_cast<int32_t>(matrix.dtype)];
+  const uint64_t sizes[] = {static_cast<uint64_t>(matrix.columns), static_cast<uint64_t>(matrix.rows)};
+  const uint64_t strides[] = {matrix.stride * element.bytes};
+  const unsigned box_sizes[] = {box.columns, box.rows}, element_strides[] = {1, 1};
+  LBG_DRIVER_CALL(site.driver, cuTensorMapEncodeTiled, &descriptor->map, element.type, 2,
+                  const_cast<void*>(matrix.data), sizes, strides, box_sizes, element_strides,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, box.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  descriptor->shape[0] = static_cast<int32_t>(matrix.rows);
+  descriptor->shape[1] = static_cast<int32_t>(matrix.columns);
+  descriptor->strides[0] = matrix.stride;
+  descriptor->strides[1] = 1;
+  return {};
+}
+
 Status submit(const LaunchSite& site, const Launch& launch) {
-  LBG_DRIVER_CALL(site.driver, cuLaunchKernel, site.kernel, launch.grid, 1, 1, launch.block, 1, 1, launch.shared_bytes,
+  LBG_DRIVER_CALL(site.driver, cuLaunchKernel, site.kernel, site.grid, 1, 1, launch.block, 1, 1, launch.shared_bytes,
                   site.stream, launch.params, nullptr);
   return {};
 }
@@ -245,7 +269,8 @@ Status run(const Problem& given, const Operands& operands, int32_t ordinal, void
   CUkernel kernel = nullptr;
   status = ready_kernel(*driver, *device, *config, &kernel);
   if (status.ok()) {
-    status = config->launch(LaunchSite{*driver, kernel, static_cast<CUstream>(stream)}, *config, problem, operands);
+    const auto ctas = static_cast<uint32_t>(grid(*config, problem, device->gpu.sm_count));
+    status = config->launch(LaunchSite{*driver, kernel, static_cast<CUstream>(stream), ctas}, problem, operands);
   }
   return status.ok() ? status : in_kernel(*config, problem, status);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from aot.configs import ARCHS, CHIPS, CONFIGS, DTYPES, Config, ctas_per_sm
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
 HOPPER = replace(SMALL, arch=90, tile_m=64)
+TMA = replace(HOPPER, epilogue_parts=2, tma=True)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,34 @@ def test_a_kernel_that_stores_in_its_loop(tmp_path: Path, kernels: Callable[...,
         BuildError, match=r"an intermediate store: .* stores per output element, [1-9]\d* inside a loop"
     ):
         compile.build(SMALL, 89, tmp_path / "cubin")
+
+
+TMA_STORE = "            out_desc.store([first_m, first_n + part * PART_N], y.to(out_desc.dtype))\n"
+TMA_STEP = "            acc = tl.dot(x_desc.load([first_m, k]), weight_desc.load([first_n, k]).T, acc)\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "old", "new", "told"),
+    [
+        (TMA, TMA_STORE, TMA_STORE + TMA_STORE.replace("y.to", "parts[part].to"),
+         "2 stores per output element, 0 inside"),
+        (replace(TMA, epilogue_parts=1), TMA_STEP,
+         TMA_STEP + "            out_desc.store([first_m, first_n], acc.to(out_desc.dtype))\n",
+         "2 stores per output element, 1 inside a loop"),
+    ],
+)  # fmt: skip
+def test_a_tma_kernel_that_stores_more_than_once(
+    tmp_path: Path, kernels: Callable[..., None], config: Config, old: str, new: str, told: str
+) -> None:
+    kernels((old, new))
+    with pytest.raises(BuildError, match=f"an intermediate store: {told}"):
+        compile.build(config, 90, tmp_path / "cubin")
+
+
+def test_a_tma_kernel_stores_once(tmp_path: Path) -> None:
+    for out in ("f16", "f32"):
+        report = compile.build(replace(TMA, out=out), 90, tmp_path / "cubin").report
+        assert (report.stores_per_output, report.stores_in_loop) == (1, 0), report
 
 
 def test_a_kernel_that_needs_scratch_memory(tmp_path: Path, kernels: Callable[..., None]) -> None:
@@ -182,6 +212,7 @@ def test_a_record_without_its_cubin_is_no_cache(tmp_path: Path) -> None:
 def test_the_cache_key_tells_configs_and_archs_apart() -> None:
     changes = {"x": "f32", "weight": "bf16", "out": "f32", "fp16_accumulate": True, "aligned": False, "tile_m": 32}
     changes |= {"tile_n": 32, "tile_k": 32, "warps": 8, "stages": 2, "epilogue_parts": 2, "group_m": 4, "arch": 90}
+    changes |= {"tma": True}
     assert set(changes) == set(Config.__dataclass_fields__)
     keys = [compile.cache_key(replace(SMALL, **{name: value}), 90) for name, value in changes.items()]
     keys += [compile.cache_key(SMALL, 89), compile.cache_key(SMALL, 90)]
@@ -233,6 +264,19 @@ def test_what_is_promised_is_no_argument(small: compile.Artifact) -> None:
     types, constants, hints = compile.signature(replace(SMALL, aligned=False))
     assert len([name for name in types if name not in constants]) == 16 and not hints
     assert types["M"] == types["stride_xm"] == "i64" and compile.signature(SMALL)[0]["M"] == "i32"
+
+
+def test_a_tma_kernels_parameters_are_those_that_its_launcher_passes(tmp_path: Path) -> None:
+    artifact = compile.build(TMA, 90, tmp_path / "cubin")
+    assert artifact.arguments == ("x_desc", "weight_desc", "scale_ptr", "shift_ptr", "out_desc", "M", "N", "K")
+    # 128 bytes each, whose swizzle has number 3
+    assert artifact.boxes == {"x_desc": (64, 64, 3), "weight_desc": (64, 64, 3), "out_desc": (64, 32, 2)}
+    entry = re.search(r"\.entry \w+\((.*?)\)", compile.to_ptx(TMA).ptx, re.DOTALL)
+    assert entry
+    found = re.findall(r"\.param (?:\.align 64 )?\.(\w+)[^,]*?(?:\[(\d+)\])?(?:,|$)", entry[1].strip(), re.MULTILINE)
+    sizes = [{"b8": int(count or 0), "u32": 4, "u64": 8}[kind] for kind, count in found]
+    matrix = [128, 4, 4, 8, 8]
+    assert sizes == [*matrix, *matrix, 8, 8, *matrix, 4, 4, 4, 8, 8], entry[1]
 
 
 @pytest.mark.filterwarnings("ignore:setup.py install is deprecated")  # how setuptools makes a wheel

@@ -104,10 +104,60 @@ def test_every_launch_is_right(start: Start) -> None:
         m, n, k = (300, 336, 4096) if config.aligned else (301, 333, 4099)
         strides = [4160, 4112, 352] if config.aligned else [3, 700, 5, 900, 2, 4, 7, 1100]
         grid = -(-m // config.tile_m) * -(-n // config.tile_n)
+        if config.tma:
+            grid = min(grid, config.ctas_per_sm * 132)
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
         assert (call["shared_bytes"], call["stream"]) == (config.shared_bytes, 0x99), config
-        assert call["params"] == [*pointers, m, n, k, *strides, 0, 0], config
+        if config.tma:
+            x, weight, scale, shift, out = pointers
+            maps = [[x, m, k, 4160, 1], [weight, n, k, 4112, 1], [out, m, n, 352, 1]]
+            wanted = [*maps[0], *maps[1], scale, shift, *maps[2], m, n, k, 352, 0, 0]
+        else:
+            wanted = [*pointers, m, n, k, *strides, 0, 0]
+        assert call["params"] == wanted, config
+
+
+def test_tensor_maps_are_those_that_triton_makes(start: Start) -> None:
+    outcome = start("""show([launch(16384, 4096, 4096, device=0, x=x, weight=x, out=out)
+      for x in ("float16", "bfloat16") for out in (x, "float32")])""", gpus=HOPPER)  # fmt: skip
+    maps, launches = outcome.of("cuTensorMapEncodeTiled"), outcome.of("cuLaunchKernel")
+    assert outcome.printed == [""] * 4 and [call["grid"] for call in launches] == [[132, 1, 1]] * 4
+    for index, (x, out) in enumerate(((6, 6), (6, 7), (9, 9), (9, 7))):  # CUtensorMapDataType
+        wide = 32 if out == 7 else 64  # 128 bytes, the widest swizzle
+        wanted = [
+            (x, 0x10000, [4096, 16384], [8192], [64, 128]),
+            (x, 0x20000, [4096, 4096], [8192], [64, 256]),
+            (out, 0x50000, [4096, 16384], [16384 if out == 7 else 8192], [wide, 128]),
+        ]
+        for call, row in zip(maps[3 * index : 3 * index + 3], wanted, strict=True):
+            assert tuple(call[key] for key in ("dtype", "data", "sizes", "strides", "box")) == row, call
+            # no interleave, 128-byte swizzle, 128-byte L2 promotion, zeros past the edges
+            assert call["element_strides"] == [1, 1] and call["modes"] == [0, 3, 2, 0], call
+
+
+NO_MAP = {
+    "K is 0": {"k": 0},
+    "one row": {"m": 1},
+    "rows overlap": {"strides": (0, 1, 64, 1, 1, 1, 512, 1)},
+    "N": {"n": 500},
+    "a long stride": {"strides": (2**38, 1, 64, 1, 1, 1, 512, 1)},
+}
+
+
+def test_what_no_tensor_map_holds_takes_another_kernel(start: Start) -> None:
+    outcome = start(
+        f"""
+sizes = dict(m=512, n=512, k=64, strides=(64, 1, 64, 1, 1, 1, 512, 1))
+symbol = next(c.symbol for c in lbg.configs() if c.tma)
+with lbg.override(symbol):
+    texts = [launch(**sizes)] + [launch(**(sizes | change)) for change in {NO_MAP!r}.values()]
+show([*texts, *(launch(**(sizes | change)) for change in {NO_MAP!r}.values())])""",
+        gpus=HOPPER,
+    )
+    assert outcome.printed[0] == "" and outcome.printed[-len(NO_MAP) :] == [""] * len(NO_MAP)
+    assert all("cannot run" in text for text in outcome.printed[1 : 1 + len(NO_MAP)]), outcome.printed
+    assert [call["symbol"].endswith("_tma") for call in outcome.of("cuLaunchKernel")] == [True] + [False] * len(NO_MAP)
 
 
 def test_strides_of_single_elements_are_normalised(start: Start) -> None:
@@ -265,6 +315,7 @@ FAILING = {
     "cuLibraryLoadData": "cuLibraryLoadData",
     "cuLibraryGetKernel": "cuLibraryGetKernel",
     "cuKernelSetAttribute": "cuKernelSetAttribute",
+    "cuTensorMapEncodeTiled": "cuTensorMapEncodeTiled",
     "cuLaunchKernel": "cuLaunchKernel",
 }
 FAIL_THEN_SUCCEED = """
@@ -414,5 +465,6 @@ def test_the_predicted_time_is_what_is_documented() -> None:
         ctas, steps = -(-1000 // config.tile_m) * -(-520 // config.tile_n), -(-4100 // config.tile_k)
         a_sm, waves = -(-ctas // 20), -(-ctas // (20 * config.ctas_per_sm))
         wanted = waves * config.fixed_us + steps * max(a_sm * config.step_us, waves * config.latency_us)
+        assert not config.tma  # those pay the fixed cost once; none on sm_89
         assert candidate.why_not or candidate.predicted_us == pytest.approx(wanted, rel=1e-4), candidate
     assert found.chosen and not found.chosen.aligned and "a row stride is not a multiple of 16" in str(found)

@@ -29,6 +29,7 @@ class Config:
     out: str
     fp16_accumulate: bool
     aligned: bool  # False: the generic kernel of its class, which takes any strides
+    tma: bool  # persistent CTAs that load and store through the TMA unit
     tile_m: int
     tile_n: int
     tile_k: int

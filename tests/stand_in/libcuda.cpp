@@ -141,14 +141,26 @@ size_t cubin_bytes(const void* image, int* arch) {
   return std::max(sections, size_t{header.e_phoff} + size_t{header.e_phnum} * header.e_phentsize);
 }
 
-// The layouts of the compiled kernels: five pointers, three sizes, strides, two scratch pointers.
+// The layouts of the compiled kernels, a letter a parameter: (p)ointer or 64-bit, (i)nt32. Five pointers, three sizes,
+// strides, two scratch pointers; of _tma kernels a tensor map (its first word, the address here), shape and strides
+// in place of a matrix's pointer, the result's row stride and no other.
 std::vector<int64_t> values(const std::string& symbol, void** params) {
-  const bool generic = symbol.size() > 4 && symbol.compare(symbol.size() - 4, 4, "_any") == 0;
-  const size_t count = 5 + 3 + (generic ? 8 : 3) + 2;
-  std::vector<int64_t> found(count);
-  for (size_t i = 0; i < count; ++i) {
-    const bool narrow = !generic && i >= 5 && i < 8;
-    found[i] = narrow ? *static_cast<int32_t*>(params[i]) : *static_cast<int64_t*>(params[i]);
+  const std::string kind = symbol.substr(symbol.rfind('_')), map = "piipp";
+  const std::string layout = kind == "_any"   ? "ppppp"
+                                                "ppp"
+                                                "pppppppp"
+                                                "pp"
+                             : kind == "_tma" ? map + map + "pp" + map +
+                                                    "iii"
+                                                    "p"
+                                                    "pp"
+                                              : "ppppp"
+                                                "iii"
+                                                "ppp"
+                                                "pp";
+  std::vector<int64_t> found;
+  for (size_t i = 0; i < layout.size(); ++i) {
+    found.push_back(layout[i] == 'i' ? *static_cast<int32_t*>(params[i]) : *static_cast<int64_t*>(params[i]));
   }
   return found;
 }
@@ -294,6 +306,31 @@ CUresult cuKernelSetAttribute(int attribute, int value, CUkernel kernel, CUdevic
         kernel->shared_limit[device] = value;
         return CUDA_SUCCESS;
       });
+}
+
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, int dtype, unsigned rank, void* data, const uint64_t* sizes,
+                                const uint64_t* strides, const unsigned* box, const unsigned* element_strides,
+                                int interleave, int swizzle, int l2_promotion, int oob_fill) {
+  const auto list = [&](auto* first, size_t count) { return std::vector<int64_t>(first, first + count); };
+  Call call("cuTensorMapEncodeTiled");
+  call.add("dtype", dtype).add("data", reinterpret_cast<int64_t>(data)).add("sizes", list(sizes, rank));
+  call.add("strides", list(strides, rank - 1)).add("box", list(box, rank));
+  call.add("element_strides", list(element_strides, rank));
+  call.add("modes", std::vector<int64_t>{interleave, swizzle, l2_promotion, oob_fill});
+  return call.run([&] {
+    // what the driver's manual asks of a tiled map without interleaving
+    const unsigned bytes = dtype == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2, swizzle_bytes = 16u << swizzle;
+    bool legal = reinterpret_cast<uintptr_t>(map) % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    legal = legal && box[0] * bytes % 16 == 0 && box[0] * bytes <= swizzle_bytes;
+    for (unsigned i = 0; i < rank; ++i)
+      legal = legal && sizes[i] && sizes[i] <= (1ull << 32) && box[i] && box[i] <= 256;
+    for (unsigned i = 0; i + 1 < rank; ++i) {
+      legal = legal && strides[i] % 16 == 0 && strides[i] < (1ull << 40) && strides[i] >= sizes[i] * bytes;
+    }
+    if (!legal) return kInvalidValue;
+    (*map)[0] = reinterpret_cast<uint64_t>(data);
+    return CUDA_SUCCESS;
+  });
 }
 
 CUresult cuLaunchKernel(CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,

@@ -112,7 +112,7 @@ def test_every_launch_is_right(start: Start) -> None:
         if config.tma:
             x, weight, scale, shift, out = pointers
             maps = [[x, m, k, 4160, 1], [weight, n, k, 4112, 1], [out, m, n, 352, 1]]
-            wanted = [*maps[0], *maps[1], scale, shift, *maps[2], m, n, k, 352, 0, 0]
+            wanted = [*maps[0], *maps[1], scale, shift, *maps[2], m, n, k, 0, 0]
         else:
             wanted = [*pointers, m, n, k, *strides, 0, 0]
         assert call["params"] == wanted, config
@@ -168,7 +168,7 @@ show([launch(1, 64, 128, strides=(7, 1, 128, 1, 1, 1, 13, 1)),
     row, single, thin = outcome.of("cuLaunchKernel")
     assert outcome.printed == ["", "", ""]
     assert not row["symbol"].endswith("_any") and row["params"][5:-2] == [1, 64, 128, 0, 128, 0], row
-    assert not single["symbol"].endswith("_any") and single["params"][5:-2] == [1, 1, 128, 0, 0, 0], single
+    assert single["params"][5:-2] == [1, 1, 128, 0, 1, 0, 1, 1, 1, 0, 1], single
     assert thin["params"][5:-2] == [5, 7, 1, 1, 1, 1, 1, 1, 1, 7, 1], thin
 
 

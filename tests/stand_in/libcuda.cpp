@@ -143,7 +143,7 @@ size_t cubin_bytes(const void* image, int* arch) {
 
 // The layouts of the compiled kernels, a letter a parameter: (p)ointer or 64-bit, (i)nt32. Five pointers, three sizes,
 // strides, two scratch pointers; of _tma kernels a tensor map (its first word, the address here), shape and strides
-// in place of a matrix's pointer, the result's row stride and no other.
+// in place of a matrix's pointer, and no strides besides.
 std::vector<int64_t> values(const std::string& symbol, void** params) {
   const std::string kind = symbol.substr(symbol.rfind('_')), map = "piipp";
   const std::string layout = kind == "_any"   ? "ppppp"
@@ -152,7 +152,6 @@ std::vector<int64_t> values(const std::string& symbol, void** params) {
                                                 "pp"
                              : kind == "_tma" ? map + map + "pp" + map +
                                                     "iii"
-                                                    "p"
                                                     "pp"
                                               : "ppppp"
                                                 "iii"

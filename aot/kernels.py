@@ -75,10 +75,9 @@ def lbg_fused(
     rows_x = tl.minimum(offs_m, M - 1).to(tl.int64)
     rows_w = tl.minimum(offs_n, N - 1).to(tl.int64)
     x_ptrs = x_ptr + rows_x[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-    w_ptrs = weight_ptr + rows_w[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
-
     acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
     if ALIGNED:
+        w_ptrs = weight_ptr + rows_w[None, :] * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
         full = K // TILE_K * TILE_K
         for _ in range(0, full, TILE_K):
             acc = multiply_add(tl.load(x_ptrs), tl.load(w_ptrs), acc, FP16_ACCUMULATE)
@@ -86,13 +85,16 @@ def lbg_fused(
             w_ptrs += TILE_K * stride_wk
         if full < K:
             x = tl.load(x_ptrs, mask=offs_k[None, :] < K - full, other=0.0)
-            w = tl.load(w_ptrs, mask=offs_k[None, :] < K - full, other=0.0)
+            w = tl.load(w_ptrs, mask=offs_k[:, None] < K - full, other=0.0)
             acc = multiply_add(x, w, acc, FP16_ACCUMULATE)
     else:
+        # The weight tile is loaded as it lies, and transposed on its way to the dot: 1.3 ms for 2.7 at 4097x4095x4088
+        # on an H200. (The aligned loop loses 15 % that way: triton no longer prefetches the next K step's operands.)
+        w_ptrs = weight_ptr + rows_w[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
         for k in range(0, K, TILE_K):
             x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
             w = tl.load(w_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-            acc = multiply_add(x, w, acc, FP16_ACCUMULATE)
+            acc = multiply_add(x, w.T, acc, FP16_ACCUMULATE)
             x_ptrs += TILE_K * stride_xk
             w_ptrs += TILE_K * stride_wk
 
@@ -172,8 +174,8 @@ def column_parts(acc, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PARTS: tl.cons
 
 @triton.jit
 def multiply_add(x, w, acc, FP16_ACCUMULATE: tl.constexpr):
-    """acc + x @ w.T, x rounded to w's dtype (a float32 x never exists in 16 bits outside registers)."""
+    """acc + x @ w, x rounded to w's dtype (a float32 x never exists in 16 bits outside registers)."""
     x = x.to(w.dtype)
     if FP16_ACCUMULATE:
-        return acc + tl.dot(x, w.T, out_dtype=tl.float16).to(tl.float32)
-    return tl.dot(x, w.T, acc)
+        return acc + tl.dot(x, w, out_dtype=tl.float16).to(tl.float32)
+    return tl.dot(x, w, acc)

@@ -113,13 +113,14 @@ def _fused_out_functional(
 
 
 def _unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nothing needs to see this call but its kernel: no derivative, no transform, no tracing.
+    """Whether autograd is on but nothing needs to see this call: no derivative, no transform, no tracing.
 
     The derivative is registered from Python, and asking it costs more than the launch wherever autograd is not off
     altogether (torch.inference_mode), so `fused` asks here whether it must.
     """
     return not (
-        torch.compiler.is_compiling()
+        torch.compiler.is_compiling()  # first: inference mode cannot be asked for under torch.compile
+        or torch.is_inference_mode_enabled()
         or torch._C._are_functorch_transforms_active()
         or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
     )
@@ -148,8 +149,9 @@ def fused(
         scale: [N], float32; see `fold`.
         shift: [N], float32.
         out_dtype: float32 or weight's dtype; x's dtype if None.
-        fp16_accumulate: sum products in float16 over chunks of 64 along K before adding them in float32: twice the
-            rate on GeForce Ada, with an error like float16 rounding. Needs a float16 weight. The CPU ignores it.
+        fp16_accumulate: sum products in float16 over chunks of 64 along K before adding them in float32: by
+            NVIDIA's figures twice the rate on GeForce Ada, with an error like float16 rounding. Needs a float16
+            weight. The CPU ignores it.
         out: the tensor to write, [..., N], of any strides that do not overlap; its dtype is the result's.
 
     Returns:
@@ -167,7 +169,7 @@ def fused(
             raise TypeError(f"lbg.fused takes out or out_dtype, not both; got out_dtype {_checks.name(out_dtype)}")
         result: Tensor = _fused_out(x, weight, scale, shift, fp16_accumulate=fp16_accumulate, out=out)
         return result
-    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()) and _unwatched(x, weight, scale, shift):
+    if _unwatched(x, weight, scale, shift):
         with torch._C._AutoDispatchBelowAutograd():
             result = _fused(x, weight, scale, shift, out_dtype=out_dtype, fp16_accumulate=fp16_accumulate)
         return result

@@ -97,7 +97,9 @@ def build(
 ) -> tuple[Path, dict[str, float], list[Report]]:
     """The wheel and its report in `directory`; (wheel, seconds of each step, reports)."""
     from aot import emit, package
+    from aot.configs import CONFIGS, check_classes
 
+    check_classes(CONFIGS)
     version = package.version(ROOT, archs, verify_on)
     folder = ROOT / "build" / ("generated" if verify_on is None else f"verify-sm_{archs[0]}-on-sm_{verify_on}")
     seconds: dict[str, float] = {}

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from aot import BuildError
-from aot.configs import CHIPS, ELEMENT_BYTES, Config, cost, ctas_per_sm
+from aot.configs import CHIPS, ELEMENT_BYTES, Config, ctas_per_sm
 
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info holds the folder that was built in
 
@@ -31,10 +31,8 @@ SIZES = ("M", "N", "K")
 STRIDES = (
     "stride_xm", "stride_xk", "stride_wn", "stride_wk", "stride_scale", "stride_shift", "stride_om", "stride_on"
 )  # fmt: skip
-# What an aligned kernel relies on; csrc/dispatch.cpp's why_not() is the other side of this promise.
-ALIGNED_UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_scale", "stride_shift", "stride_on")
-ALIGNED_DIVISIBLE_BY_16 = (*POINTERS, "stride_xm", "stride_wn", "stride_om", "N", "K")
-TMA_DIVISIBLE_BY_16 = ("scale_ptr", "shift_ptr", "N")  # a tensor map has promises of its own
+# Strides that are 1 where a kernel relies on aligned loads or stores; hints() has the rest of what it relies on.
+UNIT_STRIDES = {"loads": ("stride_xk", "stride_wk", "stride_scale", "stride_shift"), "stores": ("stride_on",)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ class Report:
     store_width_bytes: int  # of the narrowest store instruction, a thread
     loop_mma: int  # matrix instructions in the main loop, a warp
     mma: int  # in the whole kernel
-    cost: dict[str, float]
     size_bytes: int
     seconds: float
 
@@ -97,7 +94,8 @@ def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[t
     pointees = (config.x, config.weight, "f32", "f32", config.out)
     types = {name: "*" + TRITON_TYPES[dtype] for name, dtype in zip(POINTERS, pointees)}
     types |= dict.fromkeys(SIZES, size_type) | dict.fromkeys(STRIDES, "i64")
-    constants: dict[str, object] = dict.fromkeys(ALIGNED_UNIT_STRIDES, 1) if config.aligned else {}
+    constants: dict[str, object] = dict.fromkeys(UNIT_STRIDES["loads"], 1) if config.aligned else {}
+    constants |= dict.fromkeys(UNIT_STRIDES["stores"], 1) if config.out_aligned else {}
     constants |= {
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
@@ -110,8 +108,19 @@ def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[t
     }
     names = [*types, *(name for name in constants if name not in types)]
     types |= dict.fromkeys(constants, "constexpr")
-    divisible = ALIGNED_DIVISIBLE_BY_16 if config.aligned else ()
-    return types, constants, {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    return types, constants, hints(config, names)
+
+
+def hints(config: Config, names: list[str]) -> dict[tuple[int, ...], list[list[object]]]:
+    """What the arguments among `names` are multiples of (pointers: in bytes). Rows start on 16 bytes, so that loads and
+    stores are as wide; csrc/dispatch.cpp's broken() is the other side of this promise."""
+    divisible: dict[str, int] = {}
+    if config.aligned:
+        divisible |= dict.fromkeys(("x_ptr", "weight_ptr", "scale_ptr", "shift_ptr"), 16)
+        divisible |= {"K": 8, "stride_xm": 16 // ELEMENT_BYTES[config.x], "stride_wn": 8}
+    if config.out_aligned:
+        divisible |= {"out_ptr": 16, "N": 8, "stride_om": 16 // ELEMENT_BYTES[config.out]}
+    return {(names.index(name),): [["tt.divisibility", unit]] for name, unit in divisible.items() if name in names}
 
 
 def tma_signature(
@@ -134,11 +143,7 @@ def tma_signature(
         "EPILOGUE_PARTS": config.epilogue_parts,
         "SYMBOL": config.symbol,
     }
-    names = list(types)
-    hints: dict[tuple[int, ...], list[list[object]]] = {
-        (names.index(name),): [["tt.divisibility", 16]] for name in TMA_DIVISIBLE_BY_16
-    }
-    return types | dict.fromkeys(constants, "constexpr"), constants, hints
+    return types | dict.fromkeys(constants, "constexpr"), constants, hints(config, list(types))
 
 
 @dataclass(frozen=True)
@@ -283,9 +288,9 @@ def check(config: Config, report: Report) -> None:
             f"{name}: an intermediate store: {report.stores_per_output:g} stores per output element, "
             f"{report.stores_in_loop} inside a loop; the rule is 1 and 0"
         )
-    # A thread's share of the tile, up to a vector: less means that a hint is missing in ALIGNED_DIVISIBLE_BY_16.
+    # A thread's share of the tile, up to a vector: less means that a hint is missing.
     share = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out] // (config.warps * 32)
-    if config.aligned and report.store_width_bytes < min(16, share):
+    if config.out_aligned and report.store_width_bytes < min(16, share):
         raise BuildError(
             f"{name}: a fast kernel stores {report.store_width_bytes} bytes at a time, not {min(16, share)}"
         )
@@ -324,7 +329,6 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         store_width_bytes=store_width(config, sass, compiled.boxes),
         loop_mma=max((sum(map(is_mma, body)) for body in bodies), default=0),
         mma=sum(map(is_mma, sass)),
-        cost=asdict(cost(config)),
         size_bytes=cubin.stat().st_size,
         seconds=round(time.perf_counter() - start, 2),
     )
@@ -334,12 +338,12 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
 
 
 def cache_key(config: Config, cubin_arch: int) -> str:
-    """Changes with whatever the cubin or its report depends on, and with nothing else."""
+    """Changes with whatever the cubin or its report depends on, and with nothing else: no cost is in either."""
     import triton
 
     here = Path(__file__).parent
     sources = "".join(here.joinpath(name).read_text() for name in ("kernels.py", "compile.py"))
-    chips = repr((CHIPS[config.arch], CHIPS[cubin_arch], cost(config)))
+    chips = repr((CHIPS[config.arch], CHIPS[cubin_arch]))
     text = "\n".join((triton.__version__, sources, chips, json.dumps(asdict(config)), str(cubin_arch)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -5,8 +5,12 @@ A row owns its names: symbol, cubin file, table row and log text derive from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+
+from aot import BuildError
 
 ARCHS = (89, 90)
 ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
@@ -18,28 +22,19 @@ DTYPES = tuple(
 
 @dataclass(frozen=True)
 class Chip:
-    """What bounds a kernel on one arch. Datasheet figures of the arch's reference GPU, measured where it says so."""
+    """What a kernel may take on one arch, and the GPU that its rates are quoted for (aot/costs.py)."""
 
     name: str
     sm_count: int
-    clock_mhz: int
     registers: int  # per SM
     warps: int  # per SM
     shared_bytes: int  # per SM
     shared_block_bytes: int  # most that one block can ask for
-    mma_cycles: int  # between two m16n8k16 with fp32 accumulation, on one of the four sub-cores
-    mma_cycles_fp16: int  # the same with fp16 accumulation
-    mma_efficiency: float  # of that rate, what a main loop reaches
-    l2_bytes_per_us: int  # what one SM draws from L2 with all of them drawing
-    latency_us: float  # of a load that misses L2
 
 
 CHIPS = {
-    # HMMA rates: NVIDIA Ada whitepaper, 165.2 and 330.3 TFLOPS over 128 SMs at 2.52 GHz.
-    89: Chip("RTX 4090", 128, 2520, 65536, 48, 100 * 1024, 99 * 1024, 32, 16, 0.95, 39_000, 0.6),
-    # 989 TFLOPS over 132 SMs at 1.83 GHz, one rate for both accumulation widths. Efficiency and L2 rate as measured on
-    # an H200 with these kernels: 16384x4096x4096 draws 6.4 GB through L2 in 1.0 ms.
-    90: Chip("H100 SXM", 132, 1830, 65536, 64, 228 * 1024, 227 * 1024, 4, 4, 0.75, 49_000, 0.7),
+    89: Chip("RTX 4090", 128, 65536, 48, 100 * 1024, 99 * 1024),
+    90: Chip("H100 SXM", 132, 65536, 64, 228 * 1024, 227 * 1024),
 }
 
 
@@ -50,7 +45,7 @@ class Config:
     weight: str
     out: str
     fp16_accumulate: bool
-    aligned: bool
+    aligned: bool  # relies on loads that are aligned: rows of x and weight start on 16 bytes, K is a multiple of 8
     tile_m: int
     tile_n: int
     tile_k: int
@@ -59,12 +54,13 @@ class Config:
     epilogue_parts: int = 1  # 2 where the epilogue of a whole tile would spill
     group_m: int = 8  # tiles_m that share a pass over the weight: x and weight rows in flight stay well inside L2
     tma: bool = False  # lbg_fused_tma: persistent, with tensor maps made by the launcher
+    out_aligned: bool = True  # relies on stores that are: rows of the result start on 16 bytes, N is a multiple of 8
 
     @property
     def symbol(self) -> str:
         x = self.x if self.x == self.weight else f"{self.x}as{self.weight}"
         mode = "_acc16" if self.fp16_accumulate else ""
-        kind = "_tma" if self.tma else "" if self.aligned else "_any"
+        kind = "_tma" if self.tma else "" if self.out_aligned else "_anyout" if self.aligned else "_any"
         return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{self.stages}{kind}"
 
     @property
@@ -119,10 +115,42 @@ def configs() -> Iterator[Config]:
                     yield Config(arch, x, weight, out, fp16_accumulate, True, *tile)
                 if (arch, kind) == (90, "x16"):
                     yield Config(arch, x, weight, out, False, True, *TMA_TILE[out], tma=True)
-                yield Config(arch, x, weight, out, fp16_accumulate, False, *GENERIC_TILE[fp16_accumulate])
+                generic = GENERIC_TILE[fp16_accumulate]
+                yield Config(arch, x, weight, out, fp16_accumulate, False, *generic, out_aligned=False)
 
 
 CONFIGS = tuple(configs())
+MOST_IN_REGIME = 4
+
+
+def class_of(config: Config) -> tuple[int, str, str, str, bool]:
+    """What a call fixes, and so what its kernel is chosen among."""
+    return config.arch, config.x, config.weight, config.out, config.fp16_accumulate
+
+
+def regime(config: Config) -> str:
+    """The M that a tile is for. A generic kernel is of every regime, its last resort."""
+    if not config.aligned:
+        return "any M"
+    return "few rows" if config.tile_m <= 32 else "some rows" if config.tile_m == 64 else "many rows"
+
+
+def check_classes(configs: Sequence[Config]) -> None:
+    """Raises BuildError unless dispatch finds in each class what it relies on."""
+    found: list[tuple[int, str, str, str, bool]] = []
+    for key, group in groupby(configs, class_of):
+        rows, label = list(group), f"sm_{key[0]} {'-'.join(key[1:4])}{' fp16_accumulate' if key[4] else ''}"
+        if key in found:
+            raise BuildError(f"{label}: its configs do not stand together in CONFIGS")
+        found.append(key)
+        last = rows[-1]
+        if last.aligned or last.out_aligned or (last.warps, last.stages) != (4, 2):
+            raise BuildError(f"{label}: the last config, {last.symbol}, is not the conservative one: any alignment, 4 "
+                             "warps, 2 stages")  # fmt: skip
+        for name, count in Counter(map(regime, rows[:-1])).items():
+            if count + 1 > MOST_IN_REGIME or name == "any M":
+                raise BuildError(f"{label}: {count + 1} configs for {name}; the most is {MOST_IN_REGIME}, the "
+                                 "conservative one among them")  # fmt: skip
 
 
 def ctas_per_sm(config: Config, registers: int, shared_bytes: int) -> dict[str, int]:
@@ -136,28 +164,3 @@ def ctas_per_sm(config: Config, registers: int, shared_bytes: int) -> dict[str, 
         "warps": chip.warps // config.warps,
     }
     return limits | {"all": min(limits.values())}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Microseconds, modelled on the arch's chip; csrc/dispatch.cpp's predicted_us puts them together."""
-
-    fixed_us: float  # of a wave of CTAs: to fill the pipeline, and to store
-    step_us: float  # of one CTA's K step in matrix pipe or L2, whichever is slower: what CTAs on an SM add up
-    latency_us: float  # least time between two K steps of a CTA: the load latency that its stages do not hide
-
-
-def cost(config: Config) -> Cost:
-    chip = CHIPS[config.arch]
-    cycles = chip.mma_cycles_fp16 if config.fp16_accumulate else chip.mma_cycles
-    mma = config.tile_m * config.tile_n * config.tile_k / 2048
-    mma_us = mma / 4 * cycles / chip.clock_mhz / chip.mma_efficiency
-    x_bytes, weight_bytes = ELEMENT_BYTES[config.x], ELEMENT_BYTES[config.weight]
-    # Masked single-element copies move about an eighth of what 16-byte copies do.
-    load_us = config.tile_k * (config.tile_m * x_bytes + config.tile_n * weight_bytes) / chip.l2_bytes_per_us
-    load_us *= 1 if config.aligned else 8
-    store_us = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out] / chip.l2_bytes_per_us
-    latency_us = chip.latency_us / (config.stages - 1)
-    # The two overlap, but not wholly: a tenth of the shorter shows.
-    step_us = max(mma_us, load_us) + min(mma_us, load_us) / 10
-    return Cost(*(round(us, 4) for us in (chip.latency_us + store_us, step_us, latency_us)))

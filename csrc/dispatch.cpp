@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
-#include <set>
 
 #include "lbg.h"
 
@@ -28,50 +27,113 @@ Problem normalised(Problem p) {
   return p;
 }
 
-bool aligned16(const Operands& o) {
-  const auto bits = reinterpret_cast<uintptr_t>(o.x) | reinterpret_cast<uintptr_t>(o.weight) |
-                    reinterpret_cast<uintptr_t>(o.scale) | reinterpret_cast<uintptr_t>(o.shift) |
-                    reinterpret_cast<uintptr_t>(o.out);
-  return bits % 16 == 0;
+Alignment alignment(const Operands& o) {
+  const auto starts = [](const void* data) { return reinterpret_cast<uintptr_t>(data); };
+  const auto loads = starts(o.x) | starts(o.weight) | starts(o.scale) | starts(o.shift);
+  return {loads % 16 == 0, starts(o.out) % 16 == 0};
 }
 
-int64_t tiles(const Config& c, const Problem& p) {
-  return ((p.m + c.tile_m - 1) / c.tile_m) * ((p.n + c.tile_n - 1) / c.tile_n);
+namespace {
+
+constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
+
+// Sizes that matter fit 32 bits, whose division takes a third of the time on many CPUs.
+int64_t ceil_div(int64_t a, int64_t b) {
+  if (a <= kInt32) return (static_cast<uint32_t>(a) + static_cast<uint32_t>(b) - 1) / static_cast<uint32_t>(b);
+  return (a + b - 1) / b;
 }
+
+int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+bool on_16_bytes(int64_t stride, DType dtype) { return stride % (dtype == DType::f32 ? 4 : 8) == 0; }
+
+// The promises of a call that kernels may rely on: why each is broken, nullptr if it is kept. They depend on no config,
+// so that choose() looks once. aot/compile.py's hints() is the other side.
+struct Broken {
+  const char *loads, *out, *map;
+};
+
+Broken broken(const Problem& p, Alignment pointers) {
+  Broken why{};
+  if (!pointers.loads) {
+    why.loads = "a pointer is not 16-byte aligned";
+  } else if (p.stride_xk != 1 || p.stride_wk != 1) {
+    why.loads = "an inner stride is not 1";
+  } else if (p.stride_scale != 1 || p.stride_shift != 1) {
+    why.loads = "scale or shift is not contiguous";
+  } else if (p.k % 8) {
+    why.loads = "K is not a multiple of 8";
+  } else if (!on_16_bytes(p.stride_xm, p.x) || !on_16_bytes(p.stride_wn, p.weight)) {
+    why.loads = "a row stride is not a multiple of 16 bytes";
+  }
+  if (!pointers.out) {
+    why.out = "the result is not 16-byte aligned";
+  } else if (p.stride_on != 1) {
+    why.out = "the result's inner stride is not 1";
+  } else if (p.n % 8) {
+    why.out = "N is not a multiple of 8";
+  } else if (!on_16_bytes(p.stride_om, p.out)) {
+    why.out = "the result's row stride is not a multiple of 16 bytes";
+  }
+  // What a tensor map can hold.
+  if (p.k == 0) {
+    why.map = "K is 0";
+  } else if (p.stride_xm < p.k || p.stride_wn < p.k || p.stride_om < p.n) {
+    why.map = "rows overlap";
+  } else if (std::max({p.stride_xm, p.stride_wn, p.stride_om}) >= int64_t{1} << 38) {
+    why.map = "a row stride needs 40 bits";
+  }
+  return why;
+}
+
+// why_not() of a config that is of the problem's class.
+const char* why_not_in_class(const Config& c, const Problem& p, const Broken& why) {
+  if (tiles(c, p) > kInt32) return "more tiles than a grid holds";
+  if (c.out_aligned && why.out) return why.out;
+  if (!c.aligned) return nullptr;
+  if (why.loads) return why.loads;
+  if (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - c.tile_k) return "a size needs 64 bits";
+  return c.tma ? why.map : nullptr;
+}
+
+Class rows_of(const Problem& p, int32_t arch) {
+  const auto x = static_cast<uint32_t>(p.x), weight = static_cast<uint32_t>(p.weight),
+             out = static_cast<uint32_t>(p.out);
+  if (std::max({x, weight, out}) > static_cast<uint32_t>(DType::f32)) return {};  // lbg_run takes any number
+  for (int32_t i = 0; i < kArchCount; ++i) {
+    if (kArchs[i].arch == arch) return kArchs[i].classes[x][weight][out][p.fp16_accumulate];
+  }
+  return {};
+}
+
+}  // namespace
+
+int64_t tiles(const Config& c, const Problem& p) { return ceil_div(p.m, c.tile_m) * ceil_div(p.n, c.tile_n); }
 
 int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
   return c.tma ? std::min(tiles(c, p), int64_t{sm_count} * c.ctas_per_sm) : tiles(c, p);
 }
 
-const char* why_not(const Config& c, const Problem& p, bool aligned_pointers, int32_t arch) {
-  constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
+const char* why_not(const Config& c, const Problem& p, Alignment pointers, int32_t arch) {
   if (c.arch != arch) return "built for another GPU";
   if (c.x != p.x || c.weight != p.weight || c.out != p.out) return "other dtypes";
   if (c.fp16_accumulate != p.fp16_accumulate) return "other accumulation mode";
-  if (tiles(c, p) > kInt32) return "more tiles than a grid holds";
-  if (!c.aligned) return nullptr;
-  // What the aligned kernels were compiled to rely on (aot/configs.py, ALIGNED_HINTS).
-  if (!aligned_pointers) return "a pointer is not 16-byte aligned";
-  if (p.stride_xk != 1 || p.stride_wk != 1 || p.stride_on != 1) return "an inner stride is not 1";
-  if (p.stride_scale != 1 || p.stride_shift != 1) return "scale or shift is not contiguous";
-  if (p.stride_xm % 16 || p.stride_wn % 16 || p.stride_om % 16) return "a row stride is not a multiple of 16";
-  if (p.n % 16 || p.k % 16) return "N or K is not a multiple of 16";
-  if (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - c.tile_k) return "a size needs 64 bits";
-  if (!c.tma) return nullptr;
-  // What a tensor map can hold.
-  if (p.k == 0) return "K is 0";
-  if (p.n % 16) return "N is not a multiple of 16";
-  if (p.stride_xm < p.k || p.stride_wn < p.k || p.stride_om < p.n) return "rows overlap";
-  if (std::max({p.stride_xm, p.stride_wn, p.stride_om}) >= int64_t{1} << 38) return "a row stride needs 40 bits";
-  return nullptr;
+  return why_not_in_class(c, p, broken(p, pointers));
 }
 
 double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
-  const int64_t ctas = tiles(c, p), slots = int64_t{sm_count} * c.ctas_per_sm;
-  const auto a_sm = static_cast<double>((ctas + sm_count - 1) / sm_count);
-  const auto waves = static_cast<double>((ctas + slots - 1) / slots);
-  const auto steps = static_cast<double>((p.k + c.tile_k - 1) / c.tile_k);
-  return (c.tma ? 1 : waves) * c.fixed_us + steps * std::max(a_sm * c.step_us, waves * c.latency_us);
+  const int64_t ctas = tiles(c, p), whole = ctas / (int64_t{sm_count} * c.ctas_per_sm);
+  const int64_t rest = ctas - whole * sm_count * c.ctas_per_sm;
+  const auto steps = static_cast<double>(ceil_div(p.k, c.tile_k));
+  const auto wave_us = [&](int64_t shared_by) {
+    return c.cost.wave_us + steps * std::max(static_cast<double>(shared_by) * c.cost.step_us, c.cost.latency_us);
+  };
+  double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm);
+  if (rest) busy += wave_us(ceil_div(rest, sm_count));
+  const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
+  const double moved = m * k * bytes(p.x) + n * k * bytes(p.weight) + m * n * bytes(p.out);
+  const double memory = moved / (sm_count * c.cost.dram_bytes_per_us);
+  return c.cost.launch_us + std::max(busy, memory) + std::min(busy, memory) / 10;
 }
 
 namespace {
@@ -97,26 +159,25 @@ std::string get_override() {
   return forced ? forced->symbol : "";
 }
 
-const Config* choose(const Problem& p, bool aligned_pointers, int32_t arch, int32_t sm_count) {
-  const char* forced = nullptr;
-  if (const Config* config = g_override) forced = config->symbol;
+const Config* choose(const Problem& p, Alignment pointers, int32_t arch, int32_t sm_count) {
+  const Config* forced = g_override;
+  const Class rows = rows_of(p, arch);
+  const Broken why = broken(p, pointers);
   const Config* best = nullptr;
   double best_us = std::numeric_limits<double>::infinity();
-  for (int32_t i = 0; i < kConfigCount; ++i) {
-    const Config& config = kConfigs[i];
-    if (why_not(config, p, aligned_pointers, arch)) continue;
-    if (forced && std::strcmp(forced, config.symbol) != 0) continue;
-    const double us = predicted_us(config, p, sm_count);
-    if (us < best_us) best = &config, best_us = us;
+  for (const Config* c = kConfigs + rows.first; c != kConfigs + rows.first + rows.count; ++c) {
+    // The arch's own kernel of the forced name: another arch may ship one of that name too.
+    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && !c->aligned) continue;
+    if (why_not_in_class(*c, p, why)) continue;
+    const double us = predicted_us(*c, p, sm_count);
+    if (us < best_us) best = c, best_us = us;
   }
   return best;
 }
 
 std::string shipped_archs() {
-  std::set<int32_t> archs;
-  for (int32_t i = 0; i < kConfigCount; ++i) archs.insert(kConfigs[i].arch);
   std::string text;
-  for (int32_t arch : archs) text += (text.empty() ? "sm_" : ", sm_") + std::to_string(arch);
+  for (int32_t i = 0; i < kArchCount; ++i) text += (i ? ", sm_" : "sm_") + std::to_string(kArchs[i].arch);
   return text;
 }
 

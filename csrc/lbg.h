@@ -59,38 +59,71 @@ struct Descriptor {
 };
 Status encode(const LaunchSite& site, const Matrix& matrix, const Box& box, Descriptor* descriptor);
 
+// What dispatch's predicted time is made of: measured, or modelled on the arch's chip (aot/costs.py).
+struct Cost {
+  double launch_us;          // once: the launch, and what a persistent kernel does but once
+  double wave_us;            // of each wave of CTAs: to fill the pipeline, and the epilogue
+  double step_us;            // of one CTA's K step in matrix pipe or L2: what CTAs on one SM add up
+  double latency_us;         // least time between two K steps of a CTA, however few share its SM
+  double dram_bytes_per_us;  // one SM's share of the memory's bandwidth
+};
+
 // One compiled kernel. The rows are generated from aot/configs.py; `launch` packs this cubin's own parameter list.
 struct Config {
   const char* symbol;
   int32_t compiled_arch;  // the arch whose PTX this is, as sm_XY
   int32_t arch;           // the arch the cubin runs on; another one only in a verification build
   DType x, weight, out;
-  bool fp16_accumulate, aligned;
-  bool tma;  // persistent, its operands behind tensor maps
+  bool fp16_accumulate;
+  bool aligned;      // relies on aligned loads: see Alignment
+  bool out_aligned;  // relies on aligned stores
+  bool tma;          // persistent, its operands behind tensor maps
   int32_t tile_m, tile_n, tile_k, warps, stages;
   int32_t shared_bytes, registers, ctas_per_sm;
-  double fixed_us, step_us, latency_us;  // predicted_us's constants
+  Cost cost;
   const unsigned char* cubin;
   size_t cubin_bytes;
   Status (*launch)(const LaunchSite&, const Problem&, const Operands&);
 };
 
+// Sorted by arch, then by class; in a class from large M to small, the kernel that takes any alignment last.
 extern const Config kConfigs[];
 extern const int32_t kConfigCount;
+// The rows of each class of an arch, by the values of DType.
+struct Class {
+  int32_t first, count;
+};
+struct Arch {
+  int32_t arch;
+  Class classes[3][3][3][2];  // x, weight, out, fp16_accumulate
+};
+extern const Arch kArchs[];
+extern const int32_t kArchCount;
 extern const char* const kVersion;
 extern const char* const kMinimumDriver;  // the CUDA version that loads these cubins, as "12.0"
 
 // Strides of dimensions that hold one element never address anything: give them the value every kernel accepts.
 Problem normalised(Problem problem);
 
-bool aligned16(const Operands& operands);
+// Which operands start on 16 bytes: those that are loaded (x, weight, scale, shift), and the result.
+struct Alignment {
+  bool loads, out;
+};
+Alignment alignment(const Operands& operands);
 
 // Why `config` cannot run `problem` on `arch`; nullptr if it can.
-const char* why_not(const Config& config, const Problem& problem, bool aligned_pointers, int32_t arch);
+const char* why_not(const Config& config, const Problem& problem, Alignment pointers, int32_t arch);
 
-// Microseconds: every wave of CTAs pays its fixed cost; each K step takes the work of all CTAs that share an SM, or the
-// latency that a CTA cannot hide once a wave, whichever is longer. A persistent kernel pays the fixed cost once: it
-// loads for the next tile while it finishes one.
+// Microseconds, from how the tiles fall on the SMs:
+//
+//   wave(q)      = wave_us + K steps * max(q * step_us, latency_us)   q CTAs on the fullest SM
+//   busy         = whole waves * wave(ctas_per_sm) + wave(CTAs of the last, partial wave on its fullest SM)
+//   memory       = bytes of x, weight and result / (sm_count * dram_bytes_per_us)
+//   predicted_us = launch_us + max(busy, memory) + min(busy, memory) / 10
+//
+// A persistent kernel's CTAs take tiles in waves all the same, so one formula serves both. Memory and work overlap but
+// not wholly, and the tenth ranks kernels where memory bounds them all. A family's memory grows with its SMs (an
+// RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of an SM's share.
 double predicted_us(const Config& config, const Problem& problem, int32_t sm_count);
 
 int64_t tiles(const Config& config, const Problem& problem);
@@ -98,8 +131,9 @@ int64_t tiles(const Config& config, const Problem& problem);
 // CTAs of a launch: one a tile, and no more than fit on the GPU at once if they are persistent.
 int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
 
-// The config with the lowest predicted time among those that can run, the earlier row on a tie; nullptr if none can.
-const Config* choose(const Problem& problem, bool aligned_pointers, int32_t arch, int32_t sm_count);
+// The config of the problem's class with the lowest predicted time among those that can run, the earlier row on a tie;
+// one without aligned loads only where no other can; nullptr if none can. Allocates nothing and takes no lock.
+const Config* choose(const Problem& problem, Alignment pointers, int32_t arch, int32_t sm_count);
 
 // A choice forced by name, for tests and measurements; empty for none. Process-wide. Fails on an unknown symbol.
 Status set_override(const std::string& symbol);

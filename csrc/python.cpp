@@ -33,11 +33,13 @@ std::string json(const Config& c) {
   return "{\"symbol\": " + quoted(c.symbol) + number("arch", c.arch) + number("compiled_arch", c.compiled_arch) +
          field("x", quoted(lbg::name(c.x))) + field("weight", quoted(lbg::name(c.weight))) +
          field("out", quoted(lbg::name(c.out))) + field("fp16_accumulate", boolean(c.fp16_accumulate)) +
-         field("aligned", boolean(c.aligned)) + field("tma", boolean(c.tma)) + number("tile_m", c.tile_m) +
-         number("tile_n", c.tile_n) + number("tile_k", c.tile_k) + number("warps", c.warps) +
-         number("stages", c.stages) + number("shared_bytes", c.shared_bytes) + number("registers", c.registers) +
-         number("ctas_per_sm", c.ctas_per_sm) + number("fixed_us", c.fixed_us) + number("step_us", c.step_us) +
-         number("latency_us", c.latency_us) + "}";
+         field("aligned", boolean(c.aligned)) + field("out_aligned", boolean(c.out_aligned)) +
+         field("tma", boolean(c.tma)) + number("tile_m", c.tile_m) + number("tile_n", c.tile_n) +
+         number("tile_k", c.tile_k) + number("warps", c.warps) + number("stages", c.stages) +
+         number("shared_bytes", c.shared_bytes) + number("registers", c.registers) +
+         number("ctas_per_sm", c.ctas_per_sm) + number("launch_us", c.cost.launch_us) +
+         number("wave_us", c.cost.wave_us) + number("step_us", c.cost.step_us) +
+         number("latency_us", c.cost.latency_us) + number("dram_bytes_per_us", c.cost.dram_bytes_per_us) + "}";
 }
 
 PyObject* configs(PyObject*, PyObject*) {
@@ -60,11 +62,12 @@ PyObject* explain(PyObject*, PyObject* args) {
   p.out = static_cast<lbg::DType>(out);
   p.fp16_accumulate = fp16_accumulate != 0;
   p = lbg::normalised(p);
-  const Config* chosen = lbg::choose(p, aligned != 0, arch, sm_count);
+  const lbg::Alignment pointers{aligned != 0, true};  // a new result starts on 16 bytes
+  const Config* chosen = lbg::choose(p, pointers, arch, sm_count);
   std::string text = "[";
   for (int32_t i = 0; i < lbg::kConfigCount; ++i) {
     const Config& config = lbg::kConfigs[i];
-    const char* reason = lbg::why_not(config, p, aligned != 0, arch);
+    const char* reason = lbg::why_not(config, p, pointers, arch);
     const std::string us = reason ? "null" : std::to_string(lbg::predicted_us(config, p, sm_count));
     const std::string why = reason ? "\"" + std::string(reason) + "\"" : "null";
     text += (i ? ", [" : "[") + us + ", " + why + ", " + (&config == chosen ? "true]" : "false]");

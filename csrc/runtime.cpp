@@ -92,8 +92,8 @@ Status open_device(const Driver& driver, int32_t ordinal, Device* device) {
   }
   if (code != CUDA_SUCCESS) return failure(driver, "cuDeviceGetAttribute", code);
   device->gpu.arch = major * 10 + minor;
-  const bool served = std::any_of(kConfigs, kConfigs + kConfigCount,
-                                  [&](const Config& config) { return config.arch == device->gpu.arch; });
+  const bool served =
+      std::any_of(kArchs, kArchs + kArchCount, [&](const Arch& shipped) { return shipped.arch == device->gpu.arch; });
   if (!served) {
     return {"cuda:" + std::to_string(ordinal) + " is a " + device->gpu.name + " (compute capability " +
             std::to_string(major) + "." + std::to_string(minor) + "); this build of lbg ships kernels for " +
@@ -258,7 +258,7 @@ Status run(const Problem& given, const Operands& operands, int32_t ordinal, void
   if (status.ok()) status = find_device(*driver, ordinal, &device);
   if (!status.ok()) return status;
   const Problem problem = normalised(given);
-  const Config* config = choose(problem, aligned16(operands), device->gpu.arch, device->gpu.sm_count);
+  const Config* config = choose(problem, alignment(operands), device->gpu.arch, device->gpu.sm_count);
   if (!config) {
     const std::string forced = get_override();
     return {(forced.empty() ? "no shipped kernel" : "the overriding kernel " + forced + " cannot run, so nothing") +

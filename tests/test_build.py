@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,8 +20,8 @@ import pytest
 pytest.importorskip("triton", reason="needs the build's environment", exc_type=ImportError)
 
 import build
-from aot import BuildError, compile, emit, package
-from aot.configs import ARCHS, CHIPS, CONFIGS, DTYPES, Config, ctas_per_sm
+from aot import BuildError, compile, costs, emit, package
+from aot.configs import ARCHS, CHIPS, CONFIGS, DTYPES, Config, check_classes, class_of, ctas_per_sm
 
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
@@ -212,7 +213,7 @@ def test_a_record_without_its_cubin_is_no_cache(tmp_path: Path) -> None:
 def test_the_cache_key_tells_configs_and_archs_apart() -> None:
     changes = {"x": "f32", "weight": "bf16", "out": "f32", "fp16_accumulate": True, "aligned": False, "tile_m": 32}
     changes |= {"tile_n": 32, "tile_k": 32, "warps": 8, "stages": 2, "epilogue_parts": 2, "group_m": 4, "arch": 90}
-    changes |= {"tma": True}
+    changes |= {"tma": True, "out_aligned": False}
     assert set(changes) == set(Config.__dataclass_fields__)
     keys = [compile.cache_key(replace(SMALL, **{name: value}), 90) for name, value in changes.items()]
     keys += [compile.cache_key(SMALL, 89), compile.cache_key(SMALL, 90)]
@@ -259,9 +260,28 @@ ALIGNED_ARGUMENTS = ("x_ptr", "weight_ptr", "scale_ptr", "shift_ptr", "out_ptr",
                      "stride_xm", "stride_wn", "stride_om")  # fmt: skip
 
 
+def test_rows_that_start_on_16_bytes_are_all_that_is_promised() -> None:
+    def promised(config: Config) -> dict[str, object]:
+        types, _, hints = compile.signature(config)
+        return {list(types)[index]: unit for (index,), [[_, unit]] in hints.items()}
+
+    loads = {"x_ptr": 16, "weight_ptr": 16, "scale_ptr": 16, "shift_ptr": 16, "K": 8, "stride_xm": 8, "stride_wn": 8}
+    assert promised(SMALL) == loads | {"out_ptr": 16, "N": 8, "stride_om": 8}
+    assert promised(replace(SMALL, x="f32", out="f32")) == promised(SMALL) | {"stride_xm": 4, "stride_om": 4}
+    assert promised(replace(SMALL, out_aligned=False)) == loads
+    assert "stride_on" in compile.signature(SMALL)[1] and "stride_on" not in compile.signature(
+        replace(SMALL, out_aligned=False))[1]  # fmt: skip
+    assert promised(TMA) == {"scale_ptr": 16, "shift_ptr": 16, "K": 8, "N": 8}
+
+
+def test_a_result_without_alignment_is_stored_by_elements(tmp_path: Path) -> None:
+    report = compile.build(replace(SMALL, out_aligned=False), 89, tmp_path / "cubin").report
+    assert (report.store_width_bytes, report.stores_per_output) == (2, 1), report
+
+
 def test_what_is_promised_is_no_argument(small: compile.Artifact) -> None:
     assert small.arguments == ALIGNED_ARGUMENTS
-    types, constants, hints = compile.signature(replace(SMALL, aligned=False))
+    types, constants, hints = compile.signature(replace(SMALL, aligned=False, out_aligned=False))
     assert len([name for name in types if name not in constants]) == 16 and not hints
     assert types["M"] == types["stride_xm"] == "i64" and compile.signature(SMALL)[0]["M"] == "i32"
 
@@ -329,12 +349,47 @@ def test_every_config_keeps_tritons_and_our_rules() -> None:
 
 
 def test_every_class_ends_with_its_generic_kernel() -> None:
-    def kind(config: Config) -> tuple[object, ...]:
-        return config.arch, config.x, config.weight, config.out, config.fp16_accumulate
-
-    found = {key: [config.aligned for config in rows] for key, rows in itertools.groupby(CONFIGS, kind)}
+    check_classes(CONFIGS)
+    found = {key: [config.aligned for config in rows] for key, rows in itertools.groupby(CONFIGS, class_of)}
     wanted = {(arch, *dtypes, mode) for arch in ARCHS for dtypes in DTYPES for mode in (False, True)
               if dtypes[1] == "f16" or not mode}  # fmt: skip
     assert set(found) == wanted
     for key, aligned in found.items():
         assert aligned == [True] * (len(aligned) - 1) + [False] and len(aligned) > 1, key
+
+
+GENERIC = Config(89, "f16", "f16", "f16", False, False, 64, 64, 32, 4, 2, out_aligned=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([SMALL], f"the last config, {SMALL.symbol}, is not the conservative one: any alignment, 4 warps, 2 stages"),
+        ([SMALL, replace(GENERIC, stages=3)], "is not the conservative one"),
+        ([SMALL] * 4 + [GENERIC], "5 configs for few rows; the most is 4, the conservative one among them"),
+        ([GENERIC, GENERIC], "2 configs for any M"),
+        ([SMALL, GENERIC, replace(GENERIC, arch=90), GENERIC], "its configs do not stand together in CONFIGS"),
+    ],
+)
+def test_a_class_that_dispatch_cannot_rely_on(rows: list[Config], told: str) -> None:
+    with pytest.raises(BuildError, match=rf"^sm_89 f16-f16-f16: .*{told}"):
+        check_classes(rows)
+
+
+def test_a_measured_cost_is_taken_and_compiles_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fresh = compile.cached(SMALL, 89, tmp_path)
+    measured = costs.Cost(1.5, 2.5, 3.5, 4.5, 5500.0)
+    assert costs.cost(SMALL) == costs.modelled(SMALL) != measured
+    monkeypatch.setattr("aot.costs.measured", lambda _: {SMALL.symbol: measured})
+    artifact, afresh = compile.cached(SMALL, 89, tmp_path)
+    assert fresh and not afresh and costs.cost(SMALL) == measured
+    assert "{1.5, 2.5, 3.5, 4.5, 5500.0}" in emit.row(0, artifact)
+
+
+def test_a_file_of_costs_is_read_by_symbol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aot.costs.__file__", str(tmp_path / "costs.py"))
+    costs.measured.cache_clear()
+    row = {"cost": asdict(costs.modelled(SMALL)) | {"launch_us": 9.0}, "rms": 0.02}
+    tmp_path.joinpath("costs_sm_89.json").write_text(json.dumps({"kernels": {SMALL.symbol: row}}))
+    assert costs.cost(SMALL).launch_us == 9.0 and costs.cost(HOPPER) == costs.modelled(HOPPER)
+    costs.measured.cache_clear()

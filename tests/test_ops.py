@@ -369,8 +369,8 @@ def test_explain_for_another_gpu(device: str) -> None:
 @pytest.mark.parametrize(
     ("why", "x", "k"),
     [
-        ("N or K is not a multiple of 16", torch.empty(64, 80, dtype=F16)[:, :72], 72),
-        ("a row stride is not a multiple of 16", torch.empty(64, 72, dtype=F16)[:, :64], 64),
+        ("K is not a multiple of 8", torch.empty(64, 80, dtype=F16)[:, :68], 68),
+        ("a row stride is not a multiple of 16 bytes", torch.empty(64, 68, dtype=F16)[:, :64], 64),
         ("an inner stride is not 1", torch.empty(64, 128, dtype=F16)[:, ::2], 64),
         ("a pointer is not 16-byte aligned", torch.empty(64 * 64 + 1, dtype=F16)[1:].view(64, 64), 64),
     ],

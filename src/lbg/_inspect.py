@@ -29,6 +29,7 @@ class Config:
     out: str
     fp16_accumulate: bool
     aligned: bool  # False: the generic kernel of its class, which takes any strides
+    out_aligned: bool  # relies on a result whose rows start on 16 bytes
     tma: bool  # persistent CTAs that load and store through the TMA unit
     tile_m: int
     tile_n: int
@@ -38,9 +39,11 @@ class Config:
     shared_bytes: int
     registers: int
     ctas_per_sm: int
-    fixed_us: float  # predicted cost of a wave of CTAs, in microseconds
-    step_us: float  # of one CTA's K step
+    launch_us: float  # what a predicted time is made of (csrc/lbg.h, predicted_us): once a launch
+    wave_us: float  # a wave of CTAs
+    step_us: float  # one CTA's K step
     latency_us: float  # least time between two K steps of a CTA
+    dram_bytes_per_us: float  # one SM's share of the memory's bandwidth
 
 
 @dataclass(frozen=True)

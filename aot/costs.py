@@ -1,0 +1,86 @@
+"""What dispatch expects of each kernel's time: measured where costs_sm_XY.json has its symbol, else modelled.
+
+The formula is csrc/lbg.h's predicted_us. `python -m tests.bench.fit` measures and writes the files. No cubin depends on
+a cost, so that a new one compiles nothing again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from aot.configs import CHIPS, ELEMENT_BYTES, Config
+
+
+@dataclass(frozen=True)
+class Cost:
+    """csrc/lbg.h's Cost. Microseconds, but for the last."""
+
+    launch_us: float  # once: the launch, and what a persistent kernel does but once
+    wave_us: float  # of each wave of CTAs: to fill the pipeline, and the epilogue
+    step_us: float  # of one CTA's K step in matrix pipe or L2: what CTAs on one SM add up
+    latency_us: float  # least time between two K steps of a CTA: the load latency that its stages do not hide
+    dram_bytes_per_us: float  # one SM's share of the memory's bandwidth
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one arch's reference GPU. Datasheet figures, measured where it says so."""
+
+    clock_mhz: int
+    mma_cycles: int  # between two m16n8k16 with fp32 accumulation, on one of the four sub-cores
+    mma_cycles_fp16: int  # the same with fp16 accumulation
+    mma_efficiency: float  # of that rate, what a main loop reaches
+    l2_bytes_per_us: int  # what one SM draws from L2 with all of them drawing
+    dram_gb_per_s: int
+    latency_us: float  # of a load that misses L2
+    launch_us: float
+
+
+RATES = {
+    # HMMA rates: NVIDIA Ada whitepaper, 165.2 and 330.3 TFLOPS over 128 SMs at 2.52 GHz.
+    89: Rates(2520, 32, 16, 0.95, 39_000, 1008, 0.6, 2.0),
+    # 989 TFLOPS over 132 SMs at 1.83 GHz, one rate for both accumulation widths. Efficiency and L2 rate as measured on
+    # an H200 with these kernels: 16384x4096x4096 draws 6.4 GB through L2 in 1.0 ms.
+    90: Rates(1830, 4, 4, 0.75, 49_000, 3350, 0.7, 2.0),
+}
+READ_EFFICIENCY = 0.88  # of the datasheet's bandwidth: a copy on the H100, 2.94 of 3.35 TB/s
+
+
+def modelled(config: Config) -> Cost:
+    rates = RATES[config.arch]
+    cycles = rates.mma_cycles_fp16 if config.fp16_accumulate else rates.mma_cycles
+    mma = config.tile_m * config.tile_n * config.tile_k / 2048
+    mma_us = mma / 4 * cycles / rates.clock_mhz / rates.mma_efficiency
+    x_bytes, weight_bytes = ELEMENT_BYTES[config.x], ELEMENT_BYTES[config.weight]
+    # Masked single-element copies move about an eighth of what 16-byte copies do.
+    load_us = config.tile_k * (config.tile_m * x_bytes + config.tile_n * weight_bytes) / rates.l2_bytes_per_us
+    load_us *= 1 if config.aligned else 8
+    store_us = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out] / rates.l2_bytes_per_us
+    store_us *= 1 if config.out_aligned else 8
+    # A persistent kernel loads for its next tile while it finishes one: it fills and drains once.
+    once_us, wave_us = (rates.latency_us + store_us, 0.0) if config.tma else (0.0, rates.latency_us + store_us)
+    return Cost(
+        launch_us=round(rates.launch_us + once_us, 4),
+        wave_us=round(wave_us, 4),
+        # The two overlap, but not wholly: a tenth of the shorter shows.
+        step_us=round(max(mma_us, load_us) + min(mma_us, load_us) / 10, 4),
+        latency_us=round(rates.latency_us / (config.stages - 1), 4),
+        dram_bytes_per_us=round(rates.dram_gb_per_s * 1e3 * READ_EFFICIENCY / CHIPS[config.arch].sm_count),
+    )
+
+
+@cache
+def measured(arch: int) -> dict[str, Cost]:
+    """By symbol; empty for an arch that has not been measured."""
+    path = Path(__file__).with_name(f"costs_sm_{arch}.json")
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["kernels"]
+    return {symbol: Cost(**row["cost"]) for symbol, row in rows.items()}
+
+
+def cost(config: Config) -> Cost:
+    return measured(config.arch).get(config.symbol) or modelled(config)

@@ -1,0 +1,405 @@
+"""Measures this GPU's shipped kernels, fits the constants of their predicted times, and tells how good the choices are.
+
+    python -m tests.bench.fit --fit aot/costs_sm_90.json     measures every kernel over a grid, writes its constants
+    python -m tests.bench.fit --validate                     on other shapes: the chosen kernel against the best one
+
+--times FILE keeps what was measured and --from FILE takes it instead of a GPU; with --validate --from, --costs FILE
+chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for and no triton. Every result is
+checked before it is timed. Times are medians of rounds in random order, of graphs whose weights are not in L2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lbg
+from tests import cases
+from tests.bench.figures import facts
+from tests.cases import CLASSES, Case
+
+BENCHMARKS = tuple((m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096, 16384)) + (
+    (16384, 1024, 1024), (16384, 4096, 1024), (16384, 1024, 4096), (4096, 11008, 4096), (512, 4096, 16384),
+    (64, 16384, 4096), (16, 4096, 16384), (8192, 8192, 8192),
+)  # fmt: skip
+LONGEST = 16384
+POOL_ELEMENTS = LONGEST * LONGEST
+HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
+# of a check against float64: float32 accumulation over K=16384, or float16 partial sums; a wrong tile is far above
+ERROR_BOUND = 2e-3
+
+
+@dataclass(frozen=True)
+class Time:
+    """One kernel on one shape."""
+
+    m: int
+    n: int
+    k: int
+    symbol: str
+    us: float
+    chosen: bool  # by the wheel's dispatch
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a GPU told. Written and read as JSON."""
+
+    facts: dict[str, str]
+    sm_count: int
+    kernels: dict[str, lbg.Config]  # by symbol
+    times: list[Time]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Run:
+        data = json.loads(path.read_text())
+        kernels = {symbol: lbg.Config(**row) for symbol, row in data["kernels"].items()}
+        return Run(data["facts"], data["sm_count"], kernels, [Time(**row) for row in data["times"]])
+
+
+# ---- measuring
+
+
+def random_shapes(count: int, seed: int) -> Iterator[tuple[int, int, int]]:
+    """Log-uniform; N and K are multiples of 8, which the fast kernels take."""
+    draw = random.Random(seed)
+
+    def size(low: int, unit: int) -> int:
+        return max(low, round(math.exp(draw.uniform(math.log(low), math.log(LONGEST))) / unit) * unit)
+
+    for _ in range(count):
+        yield size(1, 1), size(64, 8), size(64, 8)
+
+
+class Bench:
+    """Memory that every measurement draws on: made once, as filling it takes longer than what is timed."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def draw(count: int) -> Tensor:
+            return torch.empty(count, device="cuda").normal_(generator=generator)
+
+        self.values, self.scale, self.shift = draw(POOL_ELEMENTS), draw(LONGEST), draw(LONGEST)
+        self.pools: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.evict = torch.zeros(2**25, dtype=torch.int32, device="cuda")  # 128 MB: more than any L2
+
+    def pool(self, what: str, dtype: torch.dtype) -> Tensor:
+        if (what, dtype) not in self.pools:
+            values = self.values if what == "weight" else self.values.flip(0)
+            self.pools[what, dtype] = values.to(dtype, copy=True)
+        return self.pools[what, dtype]
+
+    def arguments(self, case: Case, copies: int) -> list[cases.Arguments]:
+        """One call's arguments for each of `copies` weights that share no byte."""
+        x = self.pool("x", case.x)[: case.m * case.k].view(case.m, case.k)
+        weights = self.pool("weight", case.weight)[: copies * case.n * case.k].view(copies, case.n, case.k)
+        scale = self.scale[: case.n] / case.k**0.5
+        return [cases.Arguments(x, weight, scale, self.shift[: case.n]) for weight in weights]
+
+    def out(self, case: Case) -> Tensor:
+        return self.pool("out", case.out)[: case.m * case.n].view(case.m, case.n)
+
+
+def call(case: Case, arguments: cases.Arguments, out: Tensor) -> None:
+    lbg.fused(*arguments, fp16_accumulate=case.fp16_accumulate, out=out)
+
+
+def timed_us(work: Callable[[], object], evict: Tensor) -> float:
+    evict.sum()  # reads, so that nothing is left to be written back
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def sample_check(case: Case, arguments: cases.Arguments) -> Callable[[str, Tensor], None]:
+    """What checks a kernel's result: a sample of its rows and columns, the edges among them, against float64."""
+    x, weight, scale, shift = arguments
+    rows, columns = (torch.linspace(0, size - 1, min(size, 64), device=x.device).long() for size in (case.m, case.n))
+    expected = cases.reference(cases.Arguments(x[rows], weight[columns], scale[columns], shift[columns]))
+
+    def check(symbol: str, result: Tensor) -> None:
+        found = cases.error(result[rows][:, columns], expected)
+        if not found <= ERROR_BOUND + cases.ROUNDING[case.out]:
+            raise RuntimeError(f"{case}: {symbol} is wrong: relative error {found:.1e}")
+
+    return check
+
+
+def measure(bench: Bench, case: Case, order: random.Random, rounds: int = 7) -> list[Time]:
+    """Every kernel that takes the case (the generic one only where no other does): checked, then timed."""
+    most = max(1, min(16, POOL_ELEMENTS // (case.n * case.k)))
+    arguments, out = bench.arguments(case, most), bench.out(case)
+    x, weight, *_ = arguments[0]
+    explanation = lbg.explain(x, weight, out_dtype=case.out, fp16_accumulate=case.fp16_accumulate)
+    legal = [candidate.config for candidate in explanation.candidates if candidate.why_not is None]
+    rows = [config for config in legal if config.aligned] or legal
+    medians: dict[str, float] = {}
+    check = sample_check(case, arguments[0])
+    for row in rows:
+        with lbg.override(row.symbol):
+            out.fill_(torch.nan)
+            call(case, arguments[0], out)
+            check(row.symbol, out)
+            medians[row.symbol] = timed_us(lambda: call(case, arguments[0], out), bench.evict)
+    best = min(medians.values())
+    copies = max(1, min(most, round(300 / best)))
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for symbol, us in medians.items():
+        if us <= HOPELESS * max(best, 50):  # a first call of less is mostly the host's
+            graphs[symbol] = torch.cuda.CUDAGraph()
+            with lbg.override(symbol), torch.cuda.graph(graphs[symbol]):
+                for each in arguments[:copies]:
+                    call(case, each, out)
+    times: dict[str, list[float]] = {symbol: [] for symbol in graphs}
+    for _ in range(rounds if best < 2000 else 3):
+        for symbol, graph in order.sample(list(graphs.items()), len(graphs)):
+            times[symbol].append(timed_us(graph.replay, bench.evict) / copies)
+    medians |= {symbol: statistics.median(values) for symbol, values in times.items()}
+    return [Time(case.m, case.n, case.k, row.symbol, medians[row.symbol], row == explanation.chosen) for row in rows]
+
+
+def measure_all(wanted: list[Case]) -> Run:
+    device = torch.cuda.get_device_properties(0)
+    arch = 10 * device.major + device.minor
+    kernels = {config.symbol: config for config in lbg.configs() if config.arch == arch}
+    if not kernels:
+        raise RuntimeError(f"no kernel is shipped for {device.name} (sm_{arch})")
+    bench, order, times = Bench(), random.Random(0), []
+    for index, case in enumerate(wanted):
+        times += measure(bench, case, order)
+        if sys.stderr.isatty() or index % 100 == 99:
+            print(f"\r{index + 1} of {len(wanted)} shapes", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return Run(facts(), device.multi_processor_count, kernels, times)
+
+
+def fit_cases(count: int) -> list[Case]:
+    shapes = [*BENCHMARKS, *random_shapes(count, seed=1)]
+    return [cases.of_class(Case(*shape), kind) for kind in CLASSES for shape in shapes]
+
+
+def validation_cases(count: int) -> list[Case]:
+    """The benchmark shapes in every class; random ones, other than the fit's, class by class in turn."""
+    benchmarks = [cases.of_class(Case(*shape), kind) for kind in CLASSES for shape in BENCHMARKS]
+    drawn = random_shapes(count, seed=2)
+    return benchmarks + [cases.of_class(Case(*shape), CLASSES[i % len(CLASSES)]) for i, shape in enumerate(drawn)]
+
+
+# ---- fitting
+
+CONSTANTS = ("launch_us", "wave_us", "step_us", "latency_us", "dram_bytes_per_us")
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+TIE = 0.05
+
+
+def coefficients(config: lbg.Config, shapes: np.ndarray, sm_count: int, linear: np.ndarray) -> np.ndarray:
+    """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us while no maximum in it changes sides.
+
+    `linear` is (launch_us, wave_us, step_us, latency_us, 1 / dram_bytes_per_us).
+    """
+    m, n, k = shapes.T
+    ctas = -(-m // config.tile_m) * -(-n // config.tile_n)
+    steps = -(-k // config.tile_k)
+    whole = ctas // (sm_count * config.ctas_per_sm)
+    shared_by = -(-(ctas - whole * sm_count * config.ctas_per_sm) // sm_count)  # CTAs on an SM in the last wave
+    x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
+    busy, memory = np.zeros((2, len(shapes), 5))
+    for waves, q in ((whole, np.full_like(whole, config.ctas_per_sm)), (shared_by > 0, shared_by)):
+        by_step = q * linear[2] > linear[3]
+        busy[:, 1] += waves
+        busy[:, 2] += waves * steps * np.where(by_step, q, 0)
+        busy[:, 3] += waves * steps * np.where(by_step, 0, 1)
+    memory[:, 4] = (m * k * x + n * k * weight + m * n * out) / sm_count
+    longer = (busy @ linear > memory @ linear)[:, None]
+    rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
+    rows[:, 0] = 1
+    return rows
+
+
+def linear_of(cost: dict[str, float]) -> np.ndarray:
+    *most, dram_bytes_per_us = (cost[name] for name in CONSTANTS)
+    return np.array([*most, 1 / dram_bytes_per_us])
+
+
+def predicted_us(config: lbg.Config, shapes: np.ndarray, sm_count: int, cost: dict[str, float]) -> np.ndarray:
+    linear = linear_of(cost)
+    return coefficients(config, shapes, sm_count, linear) @ linear
+
+
+def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """min |rows @ v - wanted| over v >= 0, exactly: of every choice of zeros that leaves no negative, the best."""
+    size = np.maximum(np.linalg.norm(rows, axis=0), 1e-30)
+    gram, aim = (rows / size).T @ (rows / size), (rows / size).T @ wanted
+    best, best_error = np.zeros_like(aim), 0.0
+    for count in range(1, len(aim) + 1):
+        for kept in map(list, combinations(range(len(aim)), count)):
+            part = np.linalg.lstsq(gram[np.ix_(kept, kept)], aim[kept], rcond=1e-10)[0]
+            error = part @ gram[np.ix_(kept, kept)] @ part - 2 * part @ aim[kept]  # less |wanted|^2
+            if part.min() >= 0 and error < best_error:
+                best, best_error = np.zeros_like(aim), error
+                best[kept] = part
+    return best / size
+
+
+def fit(config: lbg.Config, shapes: np.ndarray, us: np.ndarray, weight: np.ndarray, sm_count: int) -> np.ndarray:
+    """The constants of least weighted relative error: linear least squares again and again, for the sides of the maxima
+    that the last constants took."""
+    own = linear_of(asdict(config))
+    # A constant that no time depends on stays the wheel's: to be off by all of itself costs as much as TIE of a time.
+    ties = TIE * np.diag(1 / np.maximum(own, 1e-12)) * (own > 0)
+    wanted = np.concatenate([weight, TIE * (own > 0)])
+    best, best_error = own, math.inf
+    for latency in (0.5, 1.0, 2.0, 4.0):
+        linear = own * [1, 1, 1, latency, 1]
+        for _ in range(30):
+            scaled = coefficients(config, shapes, sm_count, linear) * (weight / us)[:, None]
+            rows = np.concatenate([scaled, ties])
+            error = float(np.sum((rows @ linear - wanted) ** 2))
+            if error < best_error:
+                best, best_error = linear, error
+            last, linear = linear, (linear + least_squares(rows, wanted)) / 2
+            if np.allclose(last, linear, rtol=1e-4):
+                break
+    return best
+
+
+def by_shape(run: Run) -> list[list[Time]]:
+    """The times of one shape and class together, as they were measured."""
+    groups: dict[tuple[object, ...], list[Time]] = {}
+    for time in run.times:
+        config = run.kernels[time.symbol]
+        kind = (config.x, config.weight, config.out, config.fp16_accumulate)
+        groups.setdefault((time.m, time.n, time.k, *kind), []).append(time)
+    return list(groups.values())
+
+
+def fit_all(run: Run) -> dict[str, dict[str, Any]]:
+    """By symbol: constants, over how many shapes, and what is left of their times: rms and worst relative error."""
+    best = {id(time): min(t.us for t in group) for group in by_shape(run) for time in group}
+    found: dict[str, dict[str, Any]] = {}
+    for symbol, config in run.kernels.items():
+        every = [t for t in run.times if t.symbol == symbol]
+        if not every:
+            continue  # a generic kernel: it ran nowhere, and runs where nothing else does
+        times = [t for t in every if t.us < HOPELESS * best[id(t)]]
+        times = times if len(times) > 2 * len(CONSTANTS) else every
+        shapes, us = np.array([(t.m, t.n, t.k) for t in times]), np.array([t.us for t in times])
+        weight = np.array([best[id(t)] for t in times]) / us  # where a kernel may be chosen, its time matters most
+        linear = fit(config, shapes, us, weight, run.sm_count)
+        off = coefficients(config, shapes, run.sm_count, linear) @ linear / us - 1
+        values = [round(float(value), 4) for value in linear[:-1]] + [round(1 / max(linear[-1], 1e-9))]
+        found[symbol] = {
+            "cost": dict(zip(CONSTANTS, values)),
+            "shapes": len(times),
+            "rms": round(float(np.sqrt(np.mean(off**2))), 3),
+            "worst": round(float(np.abs(off).max()), 3),
+        }
+    return found
+
+
+# ---- judging
+
+
+def regrets(run: Run, costs: dict[str, dict[str, float]] | None) -> list[dict[str, Any]]:
+    """A row a shape: how much longer the chosen kernel took than the best one. `costs` choose in the wheel's place."""
+    rows = []
+    for group in by_shape(run):
+        best, chosen = min(group, key=lambda t: t.us), next((t for t in group if t.chosen), None)
+        if costs is not None:
+            chosen = min(group, key=lambda t: float(
+                predicted_us(run.kernels[t.symbol], np.array([(t.m, t.n, t.k)]), run.sm_count, costs[t.symbol])[0]
+            ))  # fmt: skip
+        assert chosen is not None, group
+        row = {"shape": f"{best.m}x{best.n}x{best.k}", "off": round(chosen.us / best.us - 1, 4)}
+        row["kind"] = "benchmark" if (best.m, best.n, best.k) in BENCHMARKS else "random"
+        row |= {"chosen": chosen.symbol, "us": round(chosen.us, 2)}
+        rows.append(row | {"best": best.symbol, "best_us": round(best.us, 2)})
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    off = [row["off"] for row in rows]
+    worst = sorted(rows, key=lambda row: -row["off"])[:10]
+    return {"shapes": len(rows), "median": float(np.median(off)), "p95": round(float(np.quantile(off, 0.95)), 4),
+            "worst": max(off), "worst shapes": worst}  # fmt: skip
+
+
+def judge(run: Run, costs: dict[str, dict[str, float]] | None) -> dict[str, Any]:
+    rows, found = regrets(run, costs), {}
+    for kind in ("benchmark", "random"):
+        if some := [row for row in rows if row["kind"] == kind]:
+            found[kind] = summary(some)
+            print("{0}: {shapes} shapes; the chosen kernel is off the best by {median:.1%} in the median, {p95:.1%} at "
+                  "the 95th percentile, {worst:.1%} at worst".format(kind, **found[kind]))  # fmt: skip
+            for row in found[kind]["worst shapes"]:
+                print("  {off:6.1%}  {shape:<18} {chosen} {us} us; best {best} {best_us} us".format(**row))
+    return found
+
+
+def all_costs(run: Run, fitted: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Fitted where there is one, else the wheel's."""
+    return {
+        symbol: fitted[symbol]["cost"] if symbol in fitted else {name: getattr(config, name) for name in CONSTANTS}
+        for symbol, config in run.kernels.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--fit", type=Path, metavar="COSTS", help="where to write the constants: aot/costs_sm_XY.json")
+    what.add_argument("--validate", action="store_true", help="tell how far the choices are from the best")
+    parser.add_argument("--times", type=Path, help="where to keep what is measured")
+    parser.add_argument("--from", type=Path, dest="source", metavar="TIMES", help="take these times: needs no GPU")
+    parser.add_argument("--costs", type=Path, help="choose by these constants instead of the wheel's")
+    parser.add_argument("--count", type=int, help="random shapes: of each class to fit (100), in all to validate (200)")
+    parser.add_argument("--json", type=Path, help="where to write how far the choices are from the best")
+    arguments = parser.parse_args()
+    if arguments.source:
+        run = Run.load(arguments.source)
+    else:
+        wanted = fit_cases(arguments.count or 100) if arguments.fit else validation_cases(arguments.count or 200)
+        with torch.inference_mode():
+            run = measure_all(wanted)
+    if arguments.times:
+        run.save(arguments.times)
+    fitted = json.loads(arguments.costs.read_text())["kernels"] if arguments.costs else None
+    if arguments.fit:
+        if strange := [symbol for symbol, config in run.kernels.items() if config.compiled_arch != config.arch]:
+            raise RuntimeError(f"{strange[0]} is a verification build's: its times are no GPU's that it is shipped for")
+        fitted = fit_all(run)
+        head = {"measured": date.today().isoformat(), "command": "python -m tests.bench.fit --fit", "facts": run.facts}
+        arguments.fit.write_text(json.dumps(head | {"kernels": fitted}, indent=1) + "\n")
+        print(f"{len(fitted)} of {len(run.kernels)} kernels fitted: rms and worst relative error")
+        for symbol, row in fitted.items():
+            print(f"  {row['rms']:6.1%} {row['worst']:6.1%}  {symbol:<56} {row['shapes']} shapes  {row['cost']}")
+    found = judge(run, None if fitted is None else all_costs(run, fitted))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"facts": run.facts} | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+// What a choice costs: the nanoseconds of choose() over the shipped table, best and median of batches, on standard
+// output. Linked to csrc/dispatch.cpp and the generated table alone; nothing is launched.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "lbg.h"
+
+namespace lbg {
+// The generated launchers refer to these.
+Status submit(const LaunchSite&, const Launch&) { return {}; }
+Status encode(const LaunchSite&, const Matrix&, const Box&, Descriptor*) { return {}; }
+}  // namespace lbg
+
+namespace {
+
+struct Question {
+  lbg::Problem problem;
+  lbg::Alignment pointers;
+  int32_t arch, sm_count;
+};
+
+// Of every class in turn: sizes log-uniform in 1 to 16384, rounded to 8 in three cases of four.
+std::vector<Question> questions(size_t count) {
+  std::mt19937 random(0);
+  std::uniform_real_distribution<double> exponent(0, 14);
+  std::vector<Question> found;
+  while (found.size() < count) {
+    const lbg::Config& row = lbg::kConfigs[found.size() % lbg::kConfigCount];
+    const int64_t unit = found.size() % 4 ? 8 : 1;
+    const auto size = [&](int64_t step) {
+      return (static_cast<int64_t>(std::exp2(exponent(random))) + step - 1) / step * step;
+    };
+    const int64_t m = size(1), n = size(unit), k = size(unit);
+    const lbg::Problem problem{row.x, row.weight, row.out, row.fp16_accumulate, m, n, k, k, 1, k, 1, 1, 1, n, 1};
+    const int32_t sm_counts[] = {20, 58, 72, 128, 132, 142, 200};
+    found.push_back({problem, {true, true}, row.arch, sm_counts[found.size() % 7]});
+  }
+  return found;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Question> asked = questions(4096);
+  std::vector<double> batches_ns;
+  for (int batch = 0; batch < 200; ++batch) {
+    size_t none = 0;
+    const auto start = std::chrono::steady_clock::now();
+    for (const Question& q : asked) none += !lbg::choose(q.problem, q.pointers, q.arch, q.sm_count);
+    const std::chrono::duration<double, std::nano> time = std::chrono::steady_clock::now() - start;
+    if (none) {
+      std::fprintf(stderr, "no kernel for %zu of %zu problems\n", none, asked.size());
+      return 1;
+    }
+    batches_ns.push_back(time.count() / static_cast<double>(asked.size()));
+  }
+  std::sort(batches_ns.begin(), batches_ns.end());
+  std::printf("%.1f %.1f\n", batches_ns.front(), batches_ns[batches_ns.size() / 2]);
+}

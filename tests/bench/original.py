@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.bench.records import Shape
+
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
 
 
@@ -130,6 +132,40 @@ class Kernel:
         self._check(
             self._cuda.cuLaunchKernel(self._function, *grid, *block, self.facts.shared_bytes, stream, params, None)
         )
+
+
+def load(path: Path | None, compiled_arch: int, arch: int) -> tuple[list[Kernel], str]:
+    """Its kernels compiled for one arch and assembled for the GPU's; or none, and why."""
+    if path is None:
+        return [], "no --original given"
+    if path.is_file() and importlib.util.find_spec("triton") is None:
+        return [], f"{path} has to be compiled by triton, which is not installed"
+    kernels = [Kernel(*image) for image in images(path, compiled_arch, arch)]
+    return kernels, "" if kernels else f"{path} holds no kernel compiled for sm_{compiled_arch} to run on sm_{arch}"
+
+
+def check_sizes(shape: Shape) -> None:
+    """Raises ValueError for sizes that the compiled kernels were not specialised for."""
+    if shape.m % 16 or shape.n % 16 or shape.k % 16:
+        raise ValueError("its kernels are compiled for sizes divisible by 16; any other has it compile again")
+
+
+def fused(kernel: Kernel, x: Tensor, weight_t: Tensor, vectors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """One launch. x [M, K] and weight_t [K, N] in float16; vectors: bias, scale, shift, [N]; the result in float32."""
+    result = torch.empty(x.shape[0], weight_t.shape[1], device=x.device)
+    kernel(x, weight_t, vectors, result)
+    return result
+
+
+def module(kernel: Kernel, x: Tensor, weight: Tensor, vectors: tuple[Tensor, ...], eps: float) -> Tensor:
+    """What its module does on every call: casts, a transposed copy of the weight, the fold, the launch.
+
+    x [M, K] and weight [N, K] in float32; vectors: bias, mean, variance, gamma, beta, [N].
+    """
+    bias, mean, variance, gamma, beta = vectors
+    scale = gamma * torch.rsqrt(variance + eps)
+    shift = beta - mean * scale
+    return fused(kernel, x.half(), weight.half().t().contiguous(), (bias, scale, shift))
 
 
 def main() -> None:

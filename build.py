@@ -15,6 +15,7 @@ compiles only what has changed. It is also the PEP 517 backend: `pip install .` 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -45,6 +46,11 @@ def arch_number(name: str) -> int:
     return int(number)
 
 
+def end_quietly() -> None:
+    """Has this process end without the interpreter's teardown, where triton's bindings list what they still hold."""
+    atexit.register(os._exit, 0)
+
+
 def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path) -> tuple[list[Artifact], int]:
     """Every config of `archs` as a cubin in `folder`/cubins; (artifacts in table order, how many were compiled now)."""
     from tqdm import tqdm
@@ -55,7 +61,7 @@ def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path
     configs = [config for config in CONFIGS if config.arch in archs]
     done: dict[int, tuple[Artifact, bool]] = {}
     # spawn: triton starts threads, which a fork would not carry over
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=end_quietly) as pool:
         futures = {
             pool.submit(cached, config, verify_on or config.arch, ROOT / "build" / "cache"): index
             for index, config in enumerate(configs)

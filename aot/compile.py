@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from aot import BuildError
 from aot.configs import CHIPS, ELEMENT_BYTES, Config, ctas_per_sm
@@ -25,14 +26,17 @@ os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info holds the folder that 
 # needs a CUDA 13 driver.
 PTX_VERSION = 88
 
+# Of the cycles that a main loop's matrix instructions take, on sm_89: issue slots of all its other instructions.
+MOST_OTHER_SLOTS = 0.5
+
 TRITON_TYPES = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
 POINTERS = ("x_ptr", "weight_ptr", "scale_ptr", "shift_ptr", "out_ptr")
 SIZES = ("M", "N", "K")
 STRIDES = (
     "stride_xm", "stride_xk", "stride_wn", "stride_wk", "stride_scale", "stride_shift", "stride_om", "stride_on"
 )  # fmt: skip
-# Strides that are 1 where a kernel relies on aligned loads or stores; hints() has the rest of what it relies on.
-UNIT_STRIDES = {"loads": ("stride_xk", "stride_wk", "stride_scale", "stride_shift"), "stores": ("stride_on",)}
+# Strides that are 1 for every kernel but the generic one; hints() has the rest of what they rely on.
+UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_scale", "stride_shift", "stride_on")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Report:
     compiled_arch: int  # the PTX's
     tile: str
     warps: int
+    threads: int  # a CTA
     stages: int
     registers: int
     spill_bytes: int
@@ -53,7 +58,8 @@ class Report:
     stores_per_output: float  # global stores of an element, over the output elements of the tile: 1 is the rule
     stores_in_loop: int
     store_width_bytes: int  # of the narrowest store instruction, a thread
-    loop_mma: int  # matrix instructions in the main loop, a warp
+    loop_instructions: int  # in the main loop, a warp
+    loop_mma: int  # matrix instructions among them
     mma: int  # in the whole kernel
     size_bytes: int
     seconds: float
@@ -94,21 +100,37 @@ def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[t
     pointees = (config.x, config.weight, "f32", "f32", config.out)
     types = {name: "*" + TRITON_TYPES[dtype] for name, dtype in zip(POINTERS, pointees)}
     types |= dict.fromkeys(SIZES, size_type) | dict.fromkeys(STRIDES, "i64")
-    constants: dict[str, object] = dict.fromkeys(UNIT_STRIDES["loads"], 1) if config.aligned else {}
-    constants |= dict.fromkeys(UNIT_STRIDES["stores"], 1) if config.out_aligned else {}
+    constants: dict[str, object] = dict.fromkeys(UNIT_STRIDES, 1) if config.aligned else {}
     constants |= {
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
         "TILE_K": config.tile_k,
         "GROUP_M": config.group_m,
         "EPILOGUE_PARTS": config.epilogue_parts,
-        "ALIGNED": config.aligned,
         "FP16_ACCUMULATE": config.fp16_accumulate,
         "SYMBOL": config.symbol,
     }
+    constants |= async_constants(config) if config.kernel == "async" else {"ALIGNED": config.aligned}
     names = [*types, *(name for name in constants if name not in types)]
     types |= dict.fromkeys(constants, "constexpr")
     return types, constants, hints(config, names)
+
+
+def async_constants(config: Config) -> dict[str, Any]:
+    """What lbg_fused_async is told besides of how to share the work out."""
+    warps_n = config.warps // config.warps_m
+    # A thread stores as many pairs of elements at once as make 16 bytes, if its row of the tile has them.
+    pairs = min(8 // ELEMENT_BYTES[config.out], config.tile_n // (8 * warps_n)) if config.out_aligned else 1
+    odd_ring = config.x == "f32" and config.stages % 2  # of float32 x, which alternates between two buffers
+    return {
+        "WARPS_M": config.warps_m,
+        "WARPS_N": warps_n,
+        "STAGES": config.stages,
+        "UNROLL": config.stages * (2 if odd_ring else 1),
+        "UNIT_K": config.unit_k,
+        "PAIRS": max(1, pairs),
+        "RAGGED": not config.out_aligned,
+    }
 
 
 def hints(config: Config, names: list[str]) -> dict[tuple[int, ...], list[list[object]]]:
@@ -126,23 +148,41 @@ def hints(config: Config, names: list[str]) -> dict[tuple[int, ...], list[list[o
 def tma_signature(
     config: Config,
 ) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
-    element, out = TRITON_TYPES[config.x], TRITON_TYPES[config.out]
+    from triton.experimental.gluon import language as gl
+
+    elements = {"f16": gl.float16, "bf16": gl.bfloat16, "f32": gl.float32}
+
+    def tensor_map(dtype: str, rows: int, columns: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], elements[dtype])
+        return f"tensordesc<{TRITON_TYPES[dtype]}[{rows},{columns}],{layout!r}>"
+
+    ws, out_pointer = config.kernel == "ws", "*" + TRITON_TYPES[config.out]
     types = {
-        "x_desc": f"tensordesc<{element}[{config.tile_m},{config.tile_k}]>",
-        "weight_desc": f"tensordesc<{element}[{config.tile_n},{config.tile_k}]>",
+        # The ring kernel loads an operand 128 bytes wide, a swizzle's width.
+        "x": tensor_map(config.x, config.tile_m if ws else config.x_box,
+                        config.tile_k if ws else 128 // ELEMENT_BYTES[config.x]),
+        "weight": tensor_map(config.weight, config.tile_n, config.tile_k if ws else 64),
         "scale_ptr": "*fp32",
         "shift_ptr": "*fp32",
-        "out_desc": f"tensordesc<{out}[{config.tile_m},{config.tile_n // config.epilogue_parts}]>",
+        "out_ptr": out_pointer,
         **dict.fromkeys(SIZES, "i32"),
-    }
+        "stride_om": "i64",
+    }  # fmt: skip
     constants: dict[str, object] = {
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
         "TILE_K": config.tile_k,
-        "GROUP_M": config.group_m,
-        "EPILOGUE_PARTS": config.epilogue_parts,
-        "SYMBOL": config.symbol,
+        "STAGES": config.stages,
     }
+    if ws:
+        part = (config.tile_m // 2, config.tile_n // config.epilogue_parts)  # of a consumer's rows
+        out = tensor_map(config.out, *part) if config.out_aligned else out_pointer
+        types = {("out" if name == "out_ptr" else name): out if name == "out_ptr" else t for name, t in types.items()}
+        constants |= {"GROUP_M": config.group_m, "EPILOGUE_PARTS": config.epilogue_parts}
+        constants |= {"OUT_DTYPE": elements[config.out], "OUT_BY_TMA": config.out_aligned}
+    else:
+        constants |= {"OUT_ALIGNED": config.out_aligned}
+    constants |= {"SYMBOL": config.symbol}
     return types | dict.fromkeys(constants, "constexpr"), constants, hints(config, list(types))
 
 
@@ -150,8 +190,9 @@ def tma_signature(
 class Compiled:
     """What triton makes of one config."""
 
-    ttir: str
+    ir: str  # the first stage that shows its loops
     ptx: str
+    threads: int  # of a CTA
     shared_bytes: int
     boxes: dict[str, tuple[int, int, int]]  # Artifact's
 
@@ -160,18 +201,21 @@ def to_ptx(config: Config) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon import GluonASTSource
 
-    from aot import kernels
+    from aot import ada, hopper, kernels
 
     types, constants, hints = signature(config)
-    kernel = kernels.lbg_fused_tma if config.tma else kernels.lbg_fused
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=hints)
-    options = {
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-        "ptx_version": PTX_VERSION,
-    }
+    options = {"num_warps": config.program_warps, "enable_fp_fusion": True, "ptx_version": PTX_VERSION}
+    if config.tma:
+        kernel = hopper.lbg_fused_ws if config.kernel == "ws" else hopper.lbg_fused_ring
+        source = GluonASTSource(fn=kernel, signature=types, constexprs=constants, attrs=hints)
+        options |= {"maxnreg": hopper.WS_REGISTERS} if config.kernel == "ws" else {}
+    elif config.kernel == "async":
+        source = GluonASTSource(fn=ada.lbg_fused_async, signature=types, constexprs=constants, attrs=hints)
+    else:
+        source = ASTSource(fn=kernels.lbg_fused, signature=types, constexprs=constants, attrs=hints)
+        options |= {"num_stages": config.stages}
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache  # ours is keyed by content and holds the report too
         compiled = triton.compile(source, target=GPUTarget("cuda", config.arch, 32), options=options)
@@ -185,7 +229,11 @@ def to_ptx(config: Config) -> Compiled:
         raise BuildError(f"{config.symbol}: triton named the kernel {metadata.name}; a launcher would not find it")
     maps = [name for name, kind in types.items() if kind.startswith("tensordesc")]
     boxes = {name: (*meta["block_size"], meta["swizzle"]) for name, meta in zip(maps, metadata.tensordesc_meta or ())}
-    return Compiled(compiled.asm["ttir"], compiled.asm["ptx"], metadata.shared, boxes)
+    ptx = compiled.asm["ptx"]
+    if not (threads := re.search(r"\.reqntid (\d+)", ptx)):
+        raise BuildError(f"{config.symbol}: the PTX does not say how many threads a CTA has")
+    ir = compiled.asm["ttir" if config.kernel == "tile" else "ttgir"]
+    return Compiled(ir, ptx, int(threads[1]), metadata.shared, boxes)
 
 
 def assemble(ptx: str, arch: int, cubin: Path) -> tuple[int, int, int]:
@@ -237,29 +285,31 @@ def store_bytes(instruction: Instruction) -> int:
 
 def stored_bytes(config: Config, sass: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
     """What a CTA stores of one tile, if each store instruction runs once."""
-    by_threads = sum(map(store_bytes, sass)) * config.warps * 32
+    threads = config.program_warps * 32
+    by_threads = sum(map(store_bytes, sass)) * threads
     if not (tma_stores := sum(i.opcode.startswith("UTMASTG") for i in sass)):
         return by_threads
-    rows, columns, _ = boxes["out_desc"]
-    at_once = min(config.tile_n // config.epilogue_parts // columns, config.warps)  # a warp's leader stores one box
+    rows, columns, _ = boxes["out"]
+    # a warp's leader stores one box
+    at_once = min(config.tile_n // config.epilogue_parts // columns, config.program_warps)
     return by_threads + tma_stores * at_once * rows * columns * ELEMENT_BYTES[config.out]
 
 
 def store_width(config: Config, sass: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
     """Bytes that the narrowest store instruction writes side by side."""
-    if config.tma:
-        return boxes["out_desc"][1] * ELEMENT_BYTES[config.out]
+    if "out" in boxes:
+        return boxes["out"][1] * ELEMENT_BYTES[config.out]
     return min(filter(None, map(store_bytes, sass)), default=0)
 
 
-def stores_in_k_loop(ttir: str) -> int:
-    """Stores inside the inner of a persistent kernel's two loops, as triton's first stage indents them."""
+def stores_in_k_loop(ir: str, depth: int) -> int:
+    """Global stores inside `depth` loops or more, as triton's IR indents them."""
     count, loops = 0, []
-    for line in ttir.splitlines():
+    for line in ir.splitlines():
         indent = len(line) - len(line.lstrip())
         while loops and indent <= loops[-1]:
             loops.pop()
-        count += len(loops) > 1 and bool(re.search(r"\btt\.(descriptor_)?store\b", line))
+        count += len(loops) >= depth and bool(re.search(r"\b(tt\.store|ttng\.async_tma_copy_local_to_global)\b", line))
         if "scf.for" in line:
             loops.append(indent)
     return count
@@ -289,15 +339,38 @@ def check(config: Config, report: Report) -> None:
             f"{report.stores_in_loop} inside a loop; the rule is 1 and 0"
         )
     # A thread's share of the tile, up to a vector: less means that a hint is missing.
-    share = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out] // (config.warps * 32)
+    element = ELEMENT_BYTES[config.out]
+    share = config.tile_m * config.tile_n * element // (config.warps * 32)
+    if config.kernel == "async":
+        share = min(share, async_constants(config)["PAIRS"] * 2 * element)
     if config.out_aligned and report.store_width_bytes < min(16, share):
         raise BuildError(
             f"{name}: a fast kernel stores {report.store_width_bytes} bytes at a time, not {min(16, share)}"
         )
     if report.shared_bytes > limit:
         raise BuildError(f"{name}: {report.shared_bytes} bytes of shared memory a block; the limit is {limit}")
+    if config.arch == 89 and config.aligned and not verification:
+        check_main_loop(config, report, name)
     if not report.mma:
         raise BuildError(f"{name}: no matrix instruction; it would run on the plain cores")
+
+
+def check_main_loop(config: Config, report: Report, name: str) -> None:
+    """What a fast kernel for sm_89 may cost besides its matrix instructions, which nobody can see on a GPU here."""
+    # An m16n8k16 is 2048 products. As many K steps as the loop is unrolled by, and no product twice.
+    products = report.loop_mma * config.warps * 2048
+    steps, rest = divmod(products, config.tile_m * config.tile_n * config.tile_k)
+    if rest or not 1 <= steps <= 2 * config.stages:
+        raise BuildError(f"{name}: {report.loop_mma} matrix instructions a warp are not those of whole K steps")
+    rates = CHIPS[89].mma_cycles_fp16 if config.fp16_accumulate else CHIPS[89].mma_cycles
+    share = (report.loop_instructions - report.loop_mma) / (report.loop_mma * rates)
+    if config.tile_m >= 64 and share > MOST_OTHER_SLOTS:  # fewer rows wait for the weight
+        raise BuildError(
+            f"{name}: the other instructions of the main loop take {share:.0%} of the matrix instructions' "
+            f"cycles; the most is {MOST_OTHER_SLOTS:.0%}"
+        )
+    if report.ctas_per_sm["all"] < 2 and config.stages < 3:
+        raise BuildError(f"{name}: one CTA an SM and {config.stages} stages leave the loads' latency in sight")
 
 
 def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
@@ -307,6 +380,8 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     registers, spill, stack = assemble(compiled.ptx, cubin_arch, cubin)
     sass = disassemble(cubin)
     bodies = loops(sass)
+    # the shortest of those with the most matrix instructions: a loop inside it has fewer, one around it is longer
+    main = max(bodies, key=lambda body: (sum(map(is_mma, body)), -len(body)), default=[])
     ctas = ctas_per_sm(config, registers, compiled.shared_bytes)
     outputs = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]
     report = Report(
@@ -315,6 +390,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         compiled_arch=config.arch,
         tile=config.tile,
         warps=config.warps,
+        threads=compiled.threads,
         stages=config.stages,
         registers=registers,
         spill_bytes=spill,
@@ -322,12 +398,14 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         shared_bytes=compiled.shared_bytes,
         ctas_per_sm=ctas,
         stores_per_output=stored_bytes(config, sass, compiled.boxes) / outputs,
-        # The loop over tiles holds the stores of a persistent kernel by right.
-        stores_in_loop=stores_in_k_loop(compiled.ttir)
+        # The loop over tiles holds the stores of a persistent kernel by right; and where warps have roles, all that
+        # they do lies in the loop that waits for one.
+        stores_in_loop=stores_in_k_loop(compiled.ir, 2 if config.persistent else 1)
         if config.tma
         else sum(bool(store_bytes(i)) for body in bodies for i in body),
         store_width_bytes=store_width(config, sass, compiled.boxes),
-        loop_mma=max((sum(map(is_mma, body)) for body in bodies), default=0),
+        loop_instructions=len(main),
+        loop_mma=sum(map(is_mma, main)),
         mma=sum(map(is_mma, sass)),
         size_bytes=cubin.stat().st_size,
         seconds=round(time.perf_counter() - start, 2),
@@ -342,7 +420,7 @@ def cache_key(config: Config, cubin_arch: int) -> str:
     import triton
 
     here = Path(__file__).parent
-    sources = "".join(here.joinpath(name).read_text() for name in ("kernels.py", "compile.py"))
+    sources = "".join(here.joinpath(name).read_text() for name in ("kernels.py", "ada.py", "hopper.py", "compile.py"))
     chips = repr((CHIPS[config.arch], CHIPS[cubin_arch]))
     text = "\n".join((triton.__version__, sources, chips, json.dumps(asdict(config)), str(cubin_arch)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import groupby
 
 from aot import BuildError
@@ -30,11 +30,15 @@ class Chip:
     warps: int  # per SM
     shared_bytes: int  # per SM
     shared_block_bytes: int  # most that one block can ask for
+    mma_cycles: int  # between two m16n8k16 with fp32 accumulation, on one of the four sub-cores
+    mma_cycles_fp16: int  # the same with fp16 accumulation
 
 
 CHIPS = {
-    89: Chip("RTX 4090", 128, 65536, 48, 100 * 1024, 99 * 1024),
-    90: Chip("H100 SXM", 132, 65536, 64, 228 * 1024, 227 * 1024),
+    # HMMA rates: NVIDIA Ada whitepaper, 165.2 and 330.3 TFLOPS over 128 SMs at 2.52 GHz.
+    89: Chip("RTX 4090", 128, 65536, 48, 100 * 1024, 99 * 1024, 32, 16),
+    # 989 TFLOPS over 132 SMs at 1.83 GHz, one rate for both accumulation widths.
+    90: Chip("H100 SXM", 132, 65536, 64, 228 * 1024, 227 * 1024, 4, 4),
 }
 
 
@@ -49,19 +53,38 @@ class Config:
     tile_m: int
     tile_n: int
     tile_k: int
-    warps: int
+    warps: int  # of a CTA, those that load among them
     stages: int
     epilogue_parts: int = 1  # 2 where the epilogue of a whole tile would spill
     group_m: int = 8  # tiles_m that share a pass over the weight: x and weight rows in flight stay well inside L2
-    tma: bool = False  # lbg_fused_tma: persistent, with tensor maps made by the launcher
+    kernel: str = "tile"  # aot/kernels.py's lbg_fused; "async" of aot/ada.py; "ring" or "ws" of aot/hopper.py
+    x_box: int = 0  # ring: rows of x that are loaded at a time
+    warps_m: int = 0  # async: of the warps, how many lie along M
+    unit_k: int = 0  # async: how deep the operands are that a warp holds in registers, twice
     out_aligned: bool = True  # relies on stores that are: rows of the result start on 16 bytes, N is a multiple of 8
 
     @property
     def symbol(self) -> str:
         x = self.x if self.x == self.weight else f"{self.x}as{self.weight}"
         mode = "_acc16" if self.fp16_accumulate else ""
-        kind = "_tma" if self.tma else "" if self.out_aligned else "_anyout" if self.aligned else "_any"
+        kind = {"tile": "", "async": "_async", "ring": f"_b{self.x_box}_ring", "ws": "_ws"}[self.kernel]
+        kind += "" if self.out_aligned else "_anyout" if self.aligned else "_any"
         return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{self.stages}{kind}"
+
+    @property
+    def tma(self) -> bool:
+        """Whether its operands come through tensor maps, which the launcher makes."""
+        return self.kernel in ("ring", "ws")
+
+    @property
+    def persistent(self) -> bool:
+        """Whether its CTAs walk the tiles."""
+        return self.kernel == "ws"
+
+    @property
+    def program_warps(self) -> int:
+        """Warps that run an instruction of the part that multiplies and stores; ws has that part twice."""
+        return {"ring": self.warps - 4, "ws": 4}.get(self.kernel, self.warps)
 
     @property
     def tile(self) -> str:
@@ -72,51 +95,129 @@ class Config:
         return f"sm_{self.arch}_{self.symbol}"
 
 
-# The tiles of one arch, in three kinds of class: 16-bit x, float32 x, and fp16_accumulate (whose K step is its chunk).
-# (tile_m, tile_n, tile_k, warps, stages, epilogue parts if not 1), from large M to small. Times are medians on one
-# H200, M x N=4096 x K=4096, sm_89 rows through the verification build; 4 stages where they earn it against 3.
-TILES: dict[tuple[int, str], tuple[tuple[int, ...], ...]] = {
-    (89, "x16"): (
-        (128, 128, 32, 4, 3),  # M=16384: 1.61 ms; 2 CTAs an SM by registers, 64 KB of shared memory of 100
-        (64, 64, 64, 4, 3),  # M=256: 39.6 us, against 42.4 of 128x64x64
-        (64, 32, 128, 4, 4),  # M=64: 17.5 us, against 20.5 with 3 stages; one CTA an SM fills a 4090 at N=4096
-        (16, 32, 256, 4, 4),  # M=16: 12.3 us, against 13.6 with 3 stages; M=1: 16.6 against 19.7
+@dataclass(frozen=True)
+class Tile:
+    """A Config but for its class and what it relies on."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    parts: int = 1
+    kernel: str = "tile"
+    x_box: int = 0
+    warps_m: int = 0
+    unit_k: int = 0
+
+
+def async_(m: int, n: int, k: int, warps_m: int, warps_n: int, stages: int, unit_k: int, parts: int = 1) -> Tile:
+    return Tile(m, n, k, warps_m * warps_n, stages, parts, kernel="async", warps_m=warps_m, unit_k=unit_k)
+
+
+def ring(m: int, n: int, k: int, warps: int, stages: int, x_box: int) -> Tile:
+    return Tile(m, n, k, warps, stages, kernel="ring", x_box=x_box)
+
+
+def ws(m: int, n: int, k: int, stages: int, parts: int) -> Tile:
+    return Tile(m, n, k, 12, stages, parts, kernel="ws")
+
+
+# What is shipped for sm_89, by the dtype of x and the mode, from large M to small: kinds of class x16, x32, acc16
+# (whose K step is a multiple of its chunk) and acc16 of a float32 x. Times are medians on one H200 through the
+# verification build, N=K=4096, float16 result, the kernel that the row replaced in brackets; large M in ms, small M in
+# us by graph replay with a cold L2. What decides is the SASS: issue slots besides the matrix instructions, as a share
+# of the cycles that those take on a 4090, and CTAs an SM there.
+ADA = {
+    "x16": (
+        async_(128, 128, 32, 2, 2, 3, 16),  # M=16384: 1.365 [1.491]; slots 1.7 %, 2 CTAs
+        async_(128, 64, 64, 2, 2, 4, 32),  # M=256: 31.5 [37]
+        async_(64, 32, 128, 2, 2, 4, 64),  # M=64: 15.5 [17.0]
+        async_(16, 32, 128, 1, 4, 8, 128),  # M=16: 11.9 [12.7]; M=1: 11.6 [17.2]
     ),
-    # Two parts: in one, a float32 result spills.
-    (89, "x32"): ((128, 128, 32, 4, 3, 2), (64, 64, 64, 4, 3), (64, 32, 128, 4, 3), (16, 32, 256, 4, 3)),
-    (89, "acc16"): ((128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (16, 64, 64, 4, 3)),
-    (90, "x16"): (
-        # The widest tile that 64 K registers hold. M=16384: 0.92 ms; in one part a float32 result spills, and a float16
-        # one takes 3 % longer.
-        (128, 256, 64, 8, 3, 2),
-        (64, 64, 128, 4, 3),  # M=256: 24.7 us, against 33.8 of 64x64x64
-        (64, 32, 128, 4, 4),  # M=64: 15.7 us, against 19.0 with 3 stages
-        (16, 32, 256, 4, 4),  # M=16: 13.0 us, against 14.2 with 3 stages; M=1: 17.3 against 20.2
+    "x32": (
+        async_(128, 256, 32, 2, 4, 4, 16),  # M=16384: 1.902 [1.982]; slots 2.6 %, 4 stages
+        # async ones lose: M=256 55 us for 49, M=64 30 for 24, M=16 20 for 16
+        Tile(64, 64, 64, 4, 3),
+        Tile(64, 32, 128, 4, 3),
+        Tile(16, 32, 256, 4, 3),
     ),
-    # M=16384: 1.37 ms, against 1.84 of 128x128x64 with 8 warps
-    (90, "x32"): ((128, 256, 64, 8, 3, 2), (64, 64, 64, 4, 3), (64, 32, 128, 4, 3), (16, 32, 256, 4, 3)),
-    # M=16384: 1.36 ms, against 1.59 of 128x128x64 with 8 warps
-    (90, "acc16"): ((64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (16, 64, 64, 4, 3)),
+    "acc16": (
+        # For the 4090, where 128x64 would be held up by L2 (12.9 GB at M=16384, for 8.6): slots 17 %, 3 stages. On a
+        # Hopper GPU, whose L2 is faster and whose fp16 accumulation is not, 1.86 [1.56].
+        async_(128, 128, 64, 2, 4, 3, 64),
+        async_(64, 64, 64, 2, 2, 3, 64),  # M=256: 33.2 [38.5]
+        async_(64, 32, 64, 2, 2, 8, 64),
+        async_(16, 32, 256, 1, 4, 4, 64),  # M=1: 12.1
+    ),
+    "acc16, x32": (
+        Tile(128, 64, 64, 4, 3),
+        # 64x64x64 would take 52 % of the matrix cycles for its other instructions, 64x32x64 75 %
+        Tile(16, 64, 64, 4, 3),
+    ),
 }
-# Of 16-bit x on sm_90 besides: persistent, operands and result through tensor maps. M=16384, in one run: 0.81 ms for
-# a float16 result, against 0.91 of the same tile above; 0.86 for float32, against 0.90. In one part a float32 result
-# needs more shared memory than there is.
-TMA_TILE = {"f16": (128, 256, 64, 8, 3), "bf16": (128, 256, 64, 8, 3), "f32": (128, 256, 64, 8, 3, 2)}
+# The same where the result's rows are off 16 bytes, so that its stores are single elements. M=4097, N=4095, K=4088, in
+# ms: x16 0.53 [1.57 of the generic kernel], acc16 0.57 [2.49].
+ADA_ANY_OUT = {
+    "x16": (async_(128, 128, 32, 2, 2, 3, 16, 2), Tile(64, 32, 128, 4, 4)),
+    "x32": (Tile(128, 128, 32, 4, 3, 4), Tile(64, 32, 128, 4, 3)),
+    "acc16": (async_(128, 128, 64, 2, 4, 3, 64, 2), Tile(16, 64, 64, 4, 3)),
+    "acc16, x32": (Tile(128, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+}
+
+
+def hopper(x_bytes: int, out_bytes: int) -> tuple[Tile, ...]:
+    """What is shipped for sm_90, for x and a result of elements so wide. Times are medians on one H200, float16 unless
+    they say else, cuBLAS's bare product of the same run in brackets; short ones by graph replay with a cold L2."""
+    parts = out_bytes  # keeps the buffers of a 256-wide tile's result at 16 KB a consumer
+    if x_bytes == 4:
+        return (
+            # M=16384, N=K=4096: 1.20 ms, against 1.31 of a tile kernel that rounds in its loop [0.78]
+            ws(128, 256, 64, 3, parts),
+            ring(64, 128, 64, 8, 6, 64),
+            ring(64, 64, 64, 8, 8, 64),
+            ring(64, 32, 128, 8, 5, 16),
+        )
+    return (
+        # M=16384, N=K=4096: 0.848 ms [0.850], float32 result 0.884; M=4096: 0.218 [0.228]. The widest accumulator that
+        # two consumers hold, as many stages as fit beside the result's buffers.
+        ws(128, 256, 64, 4, parts),
+        ws(128, 128, 64, 6, out_bytes // 2),  # where wide tiles leave SMs idle; 2048x3072x768: 21.7 us [16.7]
+        ring(128, 128, 64, 12, 6 if out_bytes == 2 else 5, 128),  # N=K=4096, M=512: 27.9 us [26.9]
+        ring(64, 128, 64, 8, 8, 64),  # M=256: 16.3 us [18.4]; M=192: 15.8 [17.3]
+        ring(64, 64, 128, 8, 6, 64),  # M=128: 12.9 us [14.4]; M=100: 12.6 [13.1]
+        ring(64, 32, 128, 8, 8, 64),  # M=64: 12.1 us [12.0]
+        ring(64, 128, 64, 8, 8, 16),  # N=11008, M=16: 25.7 us [26.7]; M=1: 25.7 [25.8]
+        ring(64, 32, 128, 8, 8, 16),  # M=16: 11.4 us [13.4]; M=1: 12.1 [13.6]; M=48: 12.1 [14.5]
+    )
+
+
+# M=4097, N=4095, K=4088: the first took 0.263 ms, of the aligned 4096x4096x4096's 0.205 in the same run [1.36].
+def hopper_any_out(x_bytes: int, out_bytes: int) -> tuple[Tile, ...]:
+    return hopper(x_bytes, out_bytes)[0], ring(64, 64, 64, 8, 8, 64)
+
+
 # Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements.
-GENERIC_TILE = {False: (64, 64, 32, 4, 2), True: (32, 64, 64, 4, 2)}
+GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
+# Arches whose matrix units are faster at fp16 accumulation. Elsewhere fp16_accumulate permits what would gain nothing,
+# and dispatch takes the kernels that accumulate in float32.
+FP16_ACCUMULATE_ARCHS = (89,)
 
 
 def configs() -> Iterator[Config]:
     for arch in ARCHS:
         for x, weight, out in DTYPES:
-            for fp16_accumulate in (False, True) if weight == "f16" else (False,):
-                kind = "acc16" if fp16_accumulate else "x32" if x == "f32" else "x16"
-                for tile in TILES[arch, kind]:
-                    yield Config(arch, x, weight, out, fp16_accumulate, True, *tile)
-                if (arch, kind) == (90, "x16"):
-                    yield Config(arch, x, weight, out, False, True, *TMA_TILE[out], tma=True)
-                generic = GENERIC_TILE[fp16_accumulate]
-                yield Config(arch, x, weight, out, fp16_accumulate, False, *generic, out_aligned=False)
+            for mode in (False, True) if weight == "f16" and arch in FP16_ACCUMULATE_ARCHS else (False,):
+                if arch == 90:
+                    widths = ELEMENT_BYTES[x], ELEMENT_BYTES[out]
+                    fast, any_out = hopper(*widths), hopper_any_out(*widths)
+                else:
+                    kind = ("acc16, x32" if x == "f32" else "acc16") if mode else "x32" if x == "f32" else "x16"
+                    fast, any_out = ADA[kind], ADA_ANY_OUT[kind]
+                promises = [(True, True)] * len(fast) + [(True, False)] * len(any_out) + [(False, False)]
+                for tile, (aligned, out_aligned) in zip((*fast, *any_out, GENERIC[mode]), promises):
+                    sizes, how = astuple(tile)[:6], astuple(tile)[6:]
+                    yield Config(arch, x, weight, out, mode, aligned, *sizes, 8, *how, out_aligned=out_aligned)
 
 
 CONFIGS = tuple(configs())
@@ -132,7 +233,9 @@ def regime(config: Config) -> str:
     """The M that a tile is for. A generic kernel is of every regime, its last resort."""
     if not config.aligned:
         return "any M"
-    return "few rows" if config.tile_m <= 32 else "some rows" if config.tile_m == 64 else "many rows"
+    rows = config.x_box or config.tile_m
+    size = "few rows" if rows <= 32 else "some rows" if rows == 64 else "many rows"
+    return size if config.out_aligned else f"{size}, any result"
 
 
 def check_classes(configs: Sequence[Config]) -> None:

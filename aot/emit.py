@@ -22,25 +22,25 @@ Status launch_{index}(const LaunchSite& site, const Problem& problem, const Oper
 }}
 """
 
-# The matrix behind each tensor map: its operand, rows, columns and row stride.
+# The matrix behind each tensor map: its rows, columns and row stride.
 MATRICES = {
-    "x_desc": ("x", "m", "k", "stride_xm"),
-    "weight_desc": ("weight", "n", "k", "stride_wn"),
-    "out_desc": ("out", "m", "n", "stride_om"),
+    "x": ("m", "k", "stride_xm"),
+    "weight": ("n", "k", "stride_wn"),
+    "out": ("m", "n", "stride_om"),
 }
 DESCRIPTOR = """\
 Descriptor {argument};
-  const Matrix {operand}_matrix{{operands.{operand}, {dtype}, problem.{rows}, problem.{columns}, problem.{stride}}};
-  if (Status status = encode(site, {operand}_matrix, {{{box}}}, &{argument}); !status.ok()) return status;"""
+  const Matrix {argument}_matrix{{operands.{argument}, {dtype}, problem.{rows}, problem.{columns}, problem.{stride}}};
+  if (Status status = encode(site, {argument}_matrix, {{{box}}}, &{argument}); !status.ok()) return status;"""
 
 
 def local(argument: str, artifact: Artifact) -> str:
     """The C++ local that holds one kernel parameter, in the type that the kernel was compiled for."""
     if box := artifact.boxes.get(argument):
-        operand, rows, columns, stride = MATRICES[argument]
-        dtype = C_DTYPES[getattr(artifact.config, operand)]
+        rows, columns, stride = MATRICES[argument]
+        dtype = C_DTYPES[getattr(artifact.config, argument)]
         return DESCRIPTOR.format(**locals() | {"box": ", ".join(map(str, box))})
-    if argument in POINTERS:
+    if argument in (*POINTERS, *MATRICES):
         return f"auto* {argument} = operands.{argument.removesuffix('_ptr')};"
     value = f"problem.{argument.lower()}"
     if argument in ("M", "N", "K") and artifact.config.aligned:
@@ -56,12 +56,12 @@ def parameters(argument: str, artifact: Artifact) -> str:
 
 
 def launcher(index: int, artifact: Artifact) -> str:
-    config, arguments = artifact.config, artifact.arguments
+    arguments = artifact.arguments
     return LAUNCHER.format(
         index=index,
         locals="\n  ".join(local(argument, artifact) for argument in arguments),
         params=", ".join(parameters(argument, artifact) for argument in arguments),
-        block=config.warps * 32,
+        block=artifact.report.threads,
         shared=artifact.report.shared_bytes,
     )
 
@@ -69,21 +69,23 @@ def launcher(index: int, artifact: Artifact) -> str:
 def row(index: int, artifact: Artifact) -> str:
     config, report = artifact.config, artifact.report
     costs = ", ".join(map(str, astuple(cost(config))))
-    promises = (config.fp16_accumulate, config.aligned, config.out_aligned, config.tma)
+    promises = (config.fp16_accumulate, config.aligned, config.out_aligned, config.tma, config.persistent)
     flags = ", ".join(str(flag).lower() for flag in promises)
     return (
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '
         f"{C_DTYPES[config.out]}, {flags}, {config.tile_m}, {config.tile_n}, {config.tile_k}, {config.warps}, "
-        f"{config.stages}, {report.shared_bytes}, {report.registers}, {max(1, report.ctas_per_sm['all'])}, "
-        f"{{{costs}}}, lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
+        f"{config.stages}, {config.x_box}, {report.shared_bytes}, {report.registers}, "
+        f"{max(1, report.ctas_per_sm['all'])}, {{{costs}}}, lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
     )
 
 
 def classes(artifacts: Sequence[Artifact]) -> str:
-    """kArchs: where each class's rows begin and how many there are, in the order of DType's values."""
+    """kArchs: where each class's rows begin and how many there are, in the order of DType's values. An arch that ships
+    no fp16_accumulate kernels serves that mode with those that accumulate in float32."""
     keys = [(a.report.arch, a.config.x, a.config.weight, a.config.out, a.config.fp16_accumulate) for a in artifacts]
 
     def rows(*key: object) -> str:
+        key = key if key in keys else (*key[:-1], False)
         return f"{{{keys.index(key)}, {keys.count(key)}}}" if key in keys else "{0, 0}"
 
     def braced(items: Iterable[str]) -> str:

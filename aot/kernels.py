@@ -1,11 +1,10 @@
-"""The kernel family: two Triton functions, one of them compiled for every row of configs.py.
+"""The kernel family: one Triton function, compiled for every row of configs.py that aot/hopper.py does not serve.
 
     y[m, n] = relu(gelu((sum_k x[m, k] * weight[n, k]) * scale[n] + shift[n]))
 
 An aligned kernel takes rows that start on 16-byte boundaries, so that every main-loop load is an unmasked 16-byte
 copy; a generic one takes any strides and masks. Both add the products of a row in the same order (K ascending, 16 at
-a time), which is what makes a row's bits the same in every kernel. lbg_fused takes a tile a CTA; lbg_fused_tma (sm_90)
-keeps its CTAs and walks the tiles, and leaves addresses and edges to the TMA unit.
+a time), which is what makes a row's bits the same in every kernel.
 """
 
 import triton
@@ -16,7 +15,7 @@ import triton.language as tl
 FP16_CHUNK = 64
 
 
-def _symbol(specialization) -> str:
+def symbol(specialization) -> str:
     """The name that the compiled kernel carries: its config's."""
     return specialization.constants["SYMBOL"]
 
@@ -39,7 +38,7 @@ def relu_gelu(v):
     return r * (1.0 - tl.exp2(p))
 
 
-@triton.jit(repr=_symbol)
+@triton.jit(repr=symbol)
 def lbg_fused(
     x_ptr,
     weight_ptr,
@@ -109,45 +108,6 @@ def lbg_fused(
         y = relu_gelu(parts[part] * scale[None, :] + shift[None, :])
         out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * stride_om + cols[None, :].to(tl.int64) * stride_on
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (cols[None, :] < N))
-
-
-@triton.jit(repr=_symbol)
-def lbg_fused_tma(
-    x_desc,
-    weight_desc,
-    scale_ptr,
-    shift_ptr,
-    out_desc,
-    M,
-    N,
-    K,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EPILOGUE_PARTS: tl.constexpr,
-    SYMBOL: tl.constexpr,
-):
-    # What lies past an edge is read as 0 and is not stored, so K needs no tail and M and N no masks.
-    tiles_m = tl.cdiv(M, TILE_M)
-    tiles_n = tl.cdiv(N, TILE_N)
-    # A tile's store is left to the TMA unit while the next tile is begun.
-    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
-        first_m = tile_m * TILE_M
-        first_n = tile_n * TILE_N
-        acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
-        for k in range(0, K, TILE_K):
-            acc = tl.dot(x_desc.load([first_m, k]), weight_desc.load([first_n, k]).T, acc)
-        PART_N: tl.constexpr = TILE_N // EPILOGUE_PARTS
-        parts = column_parts(acc, TILE_M, TILE_N, EPILOGUE_PARTS)
-        for part in tl.static_range(EPILOGUE_PARTS):
-            cols = first_n + part * PART_N + tl.arange(0, PART_N)
-            cols_read = tl.minimum(cols, N - 1)
-            scale = tl.load(scale_ptr + cols_read)
-            shift = tl.load(shift_ptr + cols_read)
-            y = relu_gelu(parts[part] * scale[None, :] + shift[None, :])
-            out_desc.store([first_m, first_n + part * PART_N], y.to(out_desc.dtype))
 
 
 @triton.jit

@@ -47,6 +47,9 @@ int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 bool on_16_bytes(int64_t stride, DType dtype) { return stride % (dtype == DType::f32 ? 4 : 8) == 0; }
 
+// Whether every row of x and weight starts a sector of L2 if the first does.
+bool on_32_bytes(const Problem& p) { return (p.stride_xm * bytes(p.x) | p.stride_wn * bytes(p.weight)) % 32 == 0; }
+
 // The promises of a call that kernels may rely on: why each is broken, nullptr if it is kept. They depend on no config,
 // so that choose() looks once. aot/compile.py's hints() is the other side.
 struct Broken {
@@ -57,7 +60,7 @@ Broken broken(const Problem& p, Alignment pointers) {
   Broken why{};
   if (!pointers.loads) {
     why.loads = "a pointer is not 16-byte aligned";
-  } else if (p.stride_xk != 1 || p.stride_wk != 1) {
+  } else if (p.stride_xk != 1 || p.stride_wk != 1 || p.stride_on != 1) {
     why.loads = "an inner stride is not 1";
   } else if (p.stride_scale != 1 || p.stride_shift != 1) {
     why.loads = "scale or shift is not contiguous";
@@ -68,8 +71,6 @@ Broken broken(const Problem& p, Alignment pointers) {
   }
   if (!pointers.out) {
     why.out = "the result is not 16-byte aligned";
-  } else if (p.stride_on != 1) {
-    why.out = "the result's inner stride is not 1";
   } else if (p.n % 8) {
     why.out = "N is not a multiple of 8";
   } else if (!on_16_bytes(p.stride_om, p.out)) {
@@ -78,7 +79,7 @@ Broken broken(const Problem& p, Alignment pointers) {
   // What a tensor map can hold.
   if (p.k == 0) {
     why.map = "K is 0";
-  } else if (p.stride_xm < p.k || p.stride_wn < p.k || p.stride_om < p.n) {
+  } else if ((p.m > 1 && p.stride_xm < p.k) || (p.n > 1 && p.stride_wn < p.k) || (p.m > 1 && p.stride_om < p.n)) {
     why.map = "rows overlap";
   } else if (std::max({p.stride_xm, p.stride_wn, p.stride_om}) >= int64_t{1} << 38) {
     why.map = "a row stride needs 40 bits";
@@ -92,9 +93,13 @@ const char* why_not_in_class(const Config& c, const Problem& p, const Broken& wh
   if (c.out_aligned && why.out) return why.out;
   if (!c.aligned) return nullptr;
   if (why.loads) return why.loads;
-  if (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - c.tile_k) return "a size needs 64 bits";
+  // Loops look some K steps ahead.
+  if (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - 32 * c.tile_k) return "a size needs 64 bits";
   return c.tma ? why.map : nullptr;
 }
+
+// Whether `c` has masks or narrow accesses that this call could do without: a last resort.
+bool does_without(const Config& c, const Broken& why) { return !c.aligned || (!c.out_aligned && !why.out); }
 
 Class rows_of(const Problem& p, int32_t arch) {
   const auto x = static_cast<uint32_t>(p.x), weight = static_cast<uint32_t>(p.weight),
@@ -111,13 +116,14 @@ Class rows_of(const Problem& p, int32_t arch) {
 int64_t tiles(const Config& c, const Problem& p) { return ceil_div(p.m, c.tile_m) * ceil_div(p.n, c.tile_n); }
 
 int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
-  return c.tma ? std::min(tiles(c, p), int64_t{sm_count} * c.ctas_per_sm) : tiles(c, p);
+  return c.persistent ? std::min(tiles(c, p), int64_t{sm_count} * c.ctas_per_sm) : tiles(c, p);
 }
 
 const char* why_not(const Config& c, const Problem& p, Alignment pointers, int32_t arch) {
   if (c.arch != arch) return "built for another GPU";
   if (c.x != p.x || c.weight != p.weight || c.out != p.out) return "other dtypes";
-  if (c.fp16_accumulate != p.fp16_accumulate) return "other accumulation mode";
+  const Class rows = rows_of(p, arch);
+  if (&c < kConfigs + rows.first || &c >= kConfigs + rows.first + rows.count) return "other accumulation mode";
   return why_not_in_class(c, p, broken(p, pointers));
 }
 
@@ -125,11 +131,18 @@ double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
   const int64_t ctas = tiles(c, p), whole = ctas / (int64_t{sm_count} * c.ctas_per_sm);
   const int64_t rest = ctas - whole * sm_count * c.ctas_per_sm;
   const auto steps = static_cast<double>(ceil_div(p.k, c.tile_k));
-  const auto wave_us = [&](int64_t shared_by) {
-    return c.cost.wave_us + steps * std::max(static_cast<double>(shared_by) * c.cost.step_us, c.cost.latency_us);
+  double boxes_us = 0, crowd_us = c.cost.crowd_us;
+  if (!on_32_bytes(p)) crowd_us += c.cost.off_us;
+  if (c.x_box) {
+    boxes_us = static_cast<double>(ceil_div(std::min<int64_t>(p.m, c.tile_m), c.x_box) - 1) * c.cost.box_us;
+    crowd_us += static_cast<double>(std::max<int64_t>(c.x_box - p.m, 0)) * c.cost.fill_us;
+  }
+  const auto wave_us = [&](int64_t fullest, double per_sm) {
+    const double step_us = std::max(static_cast<double>(fullest) * c.cost.step_us, c.cost.latency_us);
+    return c.cost.wave_us + steps * (step_us + boxes_us + per_sm * crowd_us);
   };
-  double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm);
-  if (rest) busy += wave_us(ceil_div(rest, sm_count));
+  double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
+  if (rest) busy += wave_us(ceil_div(rest, sm_count), static_cast<double>(rest) / sm_count);
   const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
   const double moved = m * k * bytes(p.x) + n * k * bytes(p.weight) + m * n * bytes(p.out);
   const double memory = moved / (sm_count * c.cost.dram_bytes_per_us);
@@ -167,7 +180,7 @@ const Config* choose(const Problem& p, Alignment pointers, int32_t arch, int32_t
   double best_us = std::numeric_limits<double>::infinity();
   for (const Config* c = kConfigs + rows.first; c != kConfigs + rows.first + rows.count; ++c) {
     // The arch's own kernel of the forced name: another arch may ship one of that name too.
-    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && !c->aligned) continue;
+    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && does_without(*c, why)) continue;
     if (why_not_in_class(*c, p, why)) continue;
     const double us = predicted_us(*c, p, sm_count);
     if (us < best_us) best = c, best_us = us;

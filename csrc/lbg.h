@@ -65,6 +65,10 @@ struct Cost {
   double wave_us;            // of each wave of CTAs: to fill the pipeline, and the epilogue
   double step_us;            // of one CTA's K step in matrix pipe or L2: what CTAs on one SM add up
   double latency_us;         // least time between two K steps of a CTA, however few share its SM
+  double crowd_us;           // what a K step takes more when every SM is at it: they share L2 and power
+  double off_us;             // as crowd_us, where rows of x or weight start off 32 bytes: each needs a sector more
+  double fill_us;            // as crowd_us, for each row of an x box that lies past M: the TMA unit fills it with zeros
+  double box_us;             // of a K step, for each x box after the first
   double dram_bytes_per_us;  // one SM's share of the memory's bandwidth
 };
 
@@ -75,10 +79,12 @@ struct Config {
   int32_t arch;           // the arch the cubin runs on; another one only in a verification build
   DType x, weight, out;
   bool fp16_accumulate;
-  bool aligned;      // relies on aligned loads: see Alignment
+  bool aligned;      // relies on aligned loads (see Alignment) and on inner strides of 1
   bool out_aligned;  // relies on aligned stores
-  bool tma;          // persistent, its operands behind tensor maps
+  bool tma;          // its operands come through tensor maps
+  bool persistent;   // its CTAs walk the tiles
   int32_t tile_m, tile_n, tile_k, warps, stages;
+  int32_t x_box;  // rows of x that one load brings, of a kernel that loads those before M alone; else 0
   int32_t shared_bytes, registers, ctas_per_sm;
   Cost cost;
   const unsigned char* cubin;
@@ -116,11 +122,14 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 
 // Microseconds, from how the tiles fall on the SMs:
 //
-//   wave(q)      = wave_us + K steps * max(q * step_us, latency_us)   q CTAs on the fullest SM
-//   busy         = whole waves * wave(ctas_per_sm) + wave(CTAs of the last, partial wave on its fullest SM)
+//   crowd        = crowd_us + (off_us, if rows of x or weight start off 32 bytes) + fill_us * max(x_box - M, 0)
+//   step(c)      = max(q * step_us, latency_us) + (x boxes of a tile - 1) * box_us + c / sm_count * crowd
+//                  of a wave of c CTAs, q of them on the fullest SM
+//   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c)
 //   memory       = bytes of x, weight and result / (sm_count * dram_bytes_per_us)
 //   predicted_us = launch_us + max(busy, memory) + min(busy, memory) / 10
 //
+// From M = x_box on nothing is filled: the last box begins early enough to be full (aot/hopper.py's full_box).
 // A persistent kernel's CTAs take tiles in waves all the same, so one formula serves both. Memory and work overlap but
 // not wholly, and the tenth ranks kernels where memory bounds them all. A family's memory grows with its SMs (an
 // RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of an SM's share.
@@ -132,7 +141,8 @@ int64_t tiles(const Config& config, const Problem& problem);
 int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
 
 // The config of the problem's class with the lowest predicted time among those that can run, the earlier row on a tie;
-// one without aligned loads only where no other can; nullptr if none can. Allocates nothing and takes no lock.
+// one that does without an alignment which the call has, only where no other can; nullptr if none can. Allocates
+// nothing and takes no lock.
 const Config* choose(const Problem& problem, Alignment pointers, int32_t arch, int32_t sm_count);
 
 // A choice forced by name, for tests and measurements; empty for none. Process-wide. Fails on an unknown symbol.

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from aot import kernels
 from tests import cases
@@ -75,27 +74,6 @@ def run(
     return what, cases.error(out, cases.reference(arguments)), cases.bound(case)
 
 
-def run_tma(case: Case, *, ctas: int, parts: int = 2, group_m: int = 2) -> Row:
-    """As run, for the persistent kernel on this many CTAs."""
-    arguments = cases.make(case)
-    x, weight, scale, shift = arguments
-    buffer = torch.full((case.m + 2, case.n + 16), torch.nan, dtype=case.out)
-    out = buffer[1:-1, 8:-8]
-    tile_m, tile_n, tile_k = TILE
-    kernels.lbg_fused_tma[(ctas,)](
-        TensorDescriptor.from_tensor(x, [tile_m, tile_k]),
-        TensorDescriptor.from_tensor(weight, [tile_n, tile_k]),
-        *(scale, shift),
-        TensorDescriptor.from_tensor(out, [tile_m, tile_n // parts]),
-        *(case.m, case.n, case.k),
-        *(*TILE, group_m, parts, "lbg_fused_tma"),
-    )
-    what = f"{case} ctas={ctas} parts={parts} group_m={group_m}"
-    if int(buffer.isnan().sum()) != buffer.numel() - out.numel():
-        return f"{what}: wrote beside out, or not all of it", math.inf, 0.0
-    return what, cases.error(out, cases.reference(arguments)), cases.bound(case)
-
-
 def classes() -> Iterator[Row]:
     """Every dtype class, generic and aligned, in one part and two: several tiles with ragged edges and a K tail."""
     for dtypes in CLASSES:
@@ -129,20 +107,6 @@ def walks() -> Iterator[Row]:
     for group_m in (1, 2, 3, 8):
         for m in (16, 70, 80):
             yield run(Case(m, 100, 16, out=F32), group_m=group_m)
-
-
-def tma() -> Iterator[Row]:
-    """The persistent kernel: its classes, ragged edges and K tails, and every tile once whatever the number of CTAs."""
-    for dtypes in CLASSES:
-        case = cases.of_class(Case(35, 80, 80), dtypes)
-        if case.x != F32 and not case.fp16_accumulate:
-            for parts in (1, 2, 4):
-                yield run_tma(case, ctas=3, parts=parts)
-    for m, n, k in ((2, 16, 16), (16, 32, 32), (17, 48, 64), (33, 112, 112)):
-        yield run_tma(Case(m, n, k, out=F32), ctas=2)
-    for ctas in (1, 2, 5, 7, 20):
-        for group_m in (1, 3, 8):
-            yield run_tma(Case(70, 112, 16, out=F32), ctas=ctas, group_m=group_m)
 
 
 def layouts() -> Iterator[Row]:
@@ -218,7 +182,7 @@ def special_values() -> Iterator[Row]:
     yield f"{case} with NaN, +inf and -inf", float(not same), 0
 
 
-GROUPS = {group.__name__: group for group in (classes, edges, walks, tma, layouts, activation, special_values)}
+GROUPS = {group.__name__: group for group in (classes, edges, walks, layouts, activation, special_values)}
 
 
 if __name__ == "__main__":

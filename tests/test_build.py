@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -26,7 +28,8 @@ from aot.configs import ARCHS, CHIPS, CONFIGS, DTYPES, Config, check_classes, cl
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
 HOPPER = replace(SMALL, arch=90, tile_m=64)
-TMA = replace(HOPPER, epilogue_parts=2, tma=True)
+WS = Config(90, "f16", "f16", "f16", False, True, 128, 128, 64, 12, 2, 2, kernel="ws")
+RING = Config(90, "f16", "f16", "f16", False, True, 64, 64, 64, 8, 3, kernel="ring", x_box=16)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +40,23 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> compile.Artifact:
 
 @pytest.fixture
 def kernels(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts a changed copy of the kernel's source, each (old, new) once, where the build finds it."""
+    """Puts a changed copy of a file of kernels, each (old, new) once, where the build finds it."""
 
-    def change(*changes: tuple[str, str]) -> None:
-        text = root.joinpath("aot", "kernels.py").read_text()
+    for name in ("kernels", "ada", "hopper"):
+        importlib.import_module(f"aot.{name}")  # or the import of one would put another's original back
+
+    def change(*changes: tuple[str, str], file: str = "kernels") -> None:
+        text = root.joinpath("aot", f"{file}.py").read_text()
         for old, new in changes:
-            assert text.count(old) == 1, f"{old!r} is in aot/kernels.py {text.count(old)} times"
+            assert text.count(old) == 1, f"{old!r} is in aot/{file}.py {text.count(old)} times"
             text = text.replace(old, new)
-        path = tmp_path / "changed_kernels.py"
+        path = tmp_path / f"changed_{file}.py"
         path.write_text(text)
-        spec = importlib.util.spec_from_file_location("changed_kernels", path)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec and spec.loader
         module: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        monkeypatch.setattr("aot.kernels", module, raising=False)
+        monkeypatch.setattr(f"aot.{file}", module)
 
     return change
 
@@ -95,32 +101,37 @@ def test_a_kernel_that_stores_in_its_loop(tmp_path: Path, kernels: Callable[...,
         compile.build(SMALL, 89, tmp_path / "cubin")
 
 
-TMA_STORE = "            out_desc.store([first_m, first_n + part * PART_N], y.to(out_desc.dtype))\n"
-TMA_STEP = "            acc = tl.dot(x_desc.load([first_m, k]), weight_desc.load([first_n, k]).T, acc)\n"
+WS_STORE = "            tma.async_store(out, [first_m, first], buffer)\n"
+WS_STEP = "            release(rings, step - 1)\n            step += 1\n"
+RING_STEP = "        mbarrier.arrive(ring.empty.index(last), pred=k > 0)\n"
 
 
 @pytest.mark.parametrize(
     ("config", "old", "new", "told"),
     [
-        (TMA, TMA_STORE, TMA_STORE + TMA_STORE.replace("y.to", "parts[part].to"),
-         "2 stores per output element, 0 inside"),
-        (replace(TMA, epilogue_parts=1), TMA_STEP,
-         TMA_STEP + "            out_desc.store([first_m, first_n], acc.to(out_desc.dtype))\n",
-         "2 stores per output element, 1 inside a loop"),
+        (WS, WS_STORE, 2 * WS_STORE, "2 stores per output element, 0 inside"),
+        # once for each consumer's program
+        (WS, WS_STEP, WS_STEP + "            tma.async_store(result[0], [first_m, first_n], rings.out.index(WHO))\n",
+         "1.5 stores per output element, 2 inside a loop"),
+        (RING, RING_STEP, RING_STEP + "        gl.store(out_ptr + k, 0.0)\n",
+         r"1\.\d+ stores per output element, 1 inside"),
     ],
+    ids=["ws twice", "ws in its loop", "ring in its loop"],
 )  # fmt: skip
-def test_a_tma_kernel_that_stores_more_than_once(
+def test_a_hopper_kernel_that_stores_more_than_once(
     tmp_path: Path, kernels: Callable[..., None], config: Config, old: str, new: str, told: str
 ) -> None:
-    kernels((old, new))
+    kernels((old, new), file="hopper")
     with pytest.raises(BuildError, match=f"an intermediate store: {told}"):
         compile.build(config, 90, tmp_path / "cubin")
 
 
-def test_a_tma_kernel_stores_once(tmp_path: Path) -> None:
-    for out in ("f16", "f32"):
-        report = compile.build(replace(TMA, out=out), 90, tmp_path / "cubin").report
-        assert (report.stores_per_output, report.stores_in_loop) == (1, 0), report
+@pytest.mark.parametrize("change", [{"out": "f32"}, {"out_aligned": False}, {"x": "f32", "stages": 3}], ids=str)
+def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
+    for config, threads, mma in ((WS, 384, 16), (RING, 256, 4)):  # ws: two consumers, a first step and a loop
+        report = compile.build(replace(config, **change), 90, tmp_path / "cubin").report
+        assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
+        assert (report.threads, report.mma) == (threads, mma), report
 
 
 def test_a_kernel_that_needs_scratch_memory(tmp_path: Path, kernels: Callable[..., None]) -> None:
@@ -213,7 +224,7 @@ def test_a_record_without_its_cubin_is_no_cache(tmp_path: Path) -> None:
 def test_the_cache_key_tells_configs_and_archs_apart() -> None:
     changes = {"x": "f32", "weight": "bf16", "out": "f32", "fp16_accumulate": True, "aligned": False, "tile_m": 32}
     changes |= {"tile_n": 32, "tile_k": 32, "warps": 8, "stages": 2, "epilogue_parts": 2, "group_m": 4, "arch": 90}
-    changes |= {"tma": True, "out_aligned": False}
+    changes |= {"kernel": "ring", "x_box": 16, "warps_m": 2, "unit_k": 32, "out_aligned": False}
     assert set(changes) == set(Config.__dataclass_fields__)
     keys = [compile.cache_key(replace(SMALL, **{name: value}), 90) for name, value in changes.items()]
     keys += [compile.cache_key(SMALL, 89), compile.cache_key(SMALL, 90)]
@@ -269,9 +280,12 @@ def test_rows_that_start_on_16_bytes_are_all_that_is_promised() -> None:
     assert promised(SMALL) == loads | {"out_ptr": 16, "N": 8, "stride_om": 8}
     assert promised(replace(SMALL, x="f32", out="f32")) == promised(SMALL) | {"stride_xm": 4, "stride_om": 4}
     assert promised(replace(SMALL, out_aligned=False)) == loads
-    assert "stride_on" in compile.signature(SMALL)[1] and "stride_on" not in compile.signature(
-        replace(SMALL, out_aligned=False))[1]  # fmt: skip
-    assert promised(TMA) == {"scale_ptr": 16, "shift_ptr": 16, "K": 8, "N": 8}
+    for stores in (True, False):
+        assert "stride_on" in compile.signature(replace(SMALL, out_aligned=stores))[1]
+    vectors = {"scale_ptr": 16, "shift_ptr": 16, "K": 8}
+    assert promised(WS) == vectors | {"N": 8, "stride_om": 8}
+    assert promised(RING) == promised(WS) | {"out_ptr": 16}
+    assert promised(replace(RING, out_aligned=False)) == vectors
 
 
 def test_a_result_without_alignment_is_stored_by_elements(tmp_path: Path) -> None:
@@ -286,17 +300,20 @@ def test_what_is_promised_is_no_argument(small: compile.Artifact) -> None:
     assert types["M"] == types["stride_xm"] == "i64" and compile.signature(SMALL)[0]["M"] == "i32"
 
 
-def test_a_tma_kernels_parameters_are_those_that_its_launcher_passes(tmp_path: Path) -> None:
-    artifact = compile.build(TMA, 90, tmp_path / "cubin")
-    assert artifact.arguments == ("x_desc", "weight_desc", "scale_ptr", "shift_ptr", "out_desc", "M", "N", "K")
+@pytest.mark.parametrize("config", [WS, RING], ids=lambda config: config.kernel)
+def test_a_hopper_kernels_parameters_are_those_that_its_launcher_passes(tmp_path: Path, config: Config) -> None:
+    artifact = compile.build(config, 90, tmp_path / "cubin")
+    out = "out" if config is WS else "out_ptr"
+    assert artifact.arguments == ("x", "weight", "scale_ptr", "shift_ptr", out, "M", "N", "K", "stride_om")
     # 128 bytes each, whose swizzle has number 3
-    assert artifact.boxes == {"x_desc": (64, 64, 3), "weight_desc": (64, 64, 3), "out_desc": (64, 32, 2)}
-    entry = re.search(r"\.entry \w+\((.*?)\)", compile.to_ptx(TMA).ptx, re.DOTALL)
+    boxes = {"x": (128, 64, 3), "weight": (128, 64, 3), "out": (64, 64, 3)}
+    assert artifact.boxes == (boxes if config is WS else {"x": (16, 64, 3), "weight": (64, 64, 3)})
+    entry = re.search(r"\.entry \w+\((.*?)\)", compile.to_ptx(config).ptx, re.DOTALL)
     assert entry
     found = re.findall(r"\.param (?:\.align 64 )?\.(\w+)[^,]*?(?:\[(\d+)\])?(?:,|$)", entry[1].strip(), re.MULTILINE)
     sizes = [{"b8": int(count or 0), "u32": 4, "u64": 8}[kind] for kind, count in found]
     matrix = [128, 4, 4, 8, 8]
-    assert sizes == [*matrix, *matrix, 8, 8, *matrix, 4, 4, 4, 8, 8], entry[1]
+    assert sizes == [*matrix, *matrix, 8, 8, *(matrix if config is WS else [8]), 4, 4, 4, 8, 8, 8], entry[1]
 
 
 @pytest.mark.filterwarnings("ignore:setup.py install is deprecated")  # how setuptools makes a wheel
@@ -344,15 +361,16 @@ def test_every_config_keeps_tritons_and_our_rules() -> None:
 
     for config in CONFIGS:
         assert {config.tile_m, config.tile_n, config.tile_k} <= {16, 32, 64, 128, 256}, config
-        assert config.warps in (2, 4, 8, 16) and config.stages >= 1 and config.arch in CHIPS, config
-        assert not config.fp16_accumulate or config.tile_k == FP16_CHUNK, config
+        assert config.warps in (2, 4, 8, 12, 16) and config.stages >= 1 and config.arch in CHIPS, config
+        if config.fp16_accumulate:  # a tile kernel sums its whole K step in float16
+            assert config.tile_k == FP16_CHUNK or (config.kernel == "async" and config.tile_k % FP16_CHUNK == 0), config
 
 
 def test_every_class_ends_with_its_generic_kernel() -> None:
     check_classes(CONFIGS)
     found = {key: [config.aligned for config in rows] for key, rows in itertools.groupby(CONFIGS, class_of)}
     wanted = {(arch, *dtypes, mode) for arch in ARCHS for dtypes in DTYPES for mode in (False, True)
-              if dtypes[1] == "f16" or not mode}  # fmt: skip
+              if not mode or (arch == 89 and dtypes[1] == "f16")}  # fmt: skip
     assert set(found) == wanted
     for key, aligned in found.items():
         assert aligned == [True] * (len(aligned) - 1) + [False] and len(aligned) > 1, key

@@ -17,7 +17,7 @@ from tests import fit_epilogue
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("group", ["classes", "edges", "walks", "tma", "layouts", "activation", "special_values"])
+@pytest.mark.parametrize("group", ["classes", "edges", "walks", "layouts", "activation", "special_values"])
 def test_interpreted(group: str) -> None:
     command = [sys.executable, "-m", "tests.interpret", group]
     done = subprocess.run(

@@ -108,43 +108,72 @@ def test_every_launch_is_right(start: Start) -> None:
         m, n, k = (300, 336, 4096) if config.aligned else (301, 333, 4099)
         strides = [4160, 4112, 352] if config.aligned else [3, 700, 5, 900, 2, 4, 7, 1100]
         grid = -(-m // config.tile_m) * -(-n // config.tile_n)
-        if config.tma:
+        if config.persistent:
             grid = min(grid, config.ctas_per_sm * 132)
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
         assert (call["shared_bytes"], call["stream"]) == (config.shared_bytes, 0x99), config
         if config.tma:
             x, weight, scale, shift, out = pointers
-            maps = [[x, m, k, 4160, 1], [weight, n, k, 4112, 1], [out, m, n, 352, 1]]
-            wanted = [*maps[0], *maps[1], scale, shift, *maps[2], m, n, k, 0, 0]
+            maps = [
+                [x, m, k, 4160, 1],
+                [weight, n, k, 4112, 1],
+                [out, m, n, 352, 1] if config.persistent and config.out_aligned else [out],
+            ]
+            wanted = [*maps[0], *maps[1], scale, shift, *maps[2], m, n, k, 352, 0, 0]
         else:
             wanted = [*pointers, m, n, k, *strides, 0, 0]
         assert call["params"] == wanted, config
 
 
 def test_tensor_maps_are_those_that_triton_makes(start: Start) -> None:
-    outcome = start("""show([launch(16384, 4096, 4096, device=0, x=x, weight=x, out=out)
-      for x in ("float16", "bfloat16") for out in (x, "float32")])""", gpus=HOPPER)  # fmt: skip
+    outcome = start("""show([launch(16384, 4096, 4096, device=0, x=x, weight=weight, out=out)
+      for weight in ("float16", "bfloat16") for x in (weight, "float32") for out in (weight, "float32")])""",
+        gpus=HOPPER)  # fmt: skip
     maps, launches = outcome.of("cuTensorMapEncodeTiled"), outcome.of("cuLaunchKernel")
-    assert outcome.printed == [""] * 4 and [call["grid"] for call in launches] == [[132, 1, 1]] * 4
-    for index, (x, out) in enumerate(((6, 6), (6, 7), (9, 9), (9, 7))):  # CUtensorMapDataType
-        wide = 32 if out == 7 else 64  # 128 bytes, the widest swizzle
-        wanted = [
-            (x, 0x10000, [4096, 16384], [8192], [64, 128]),
-            (x, 0x20000, [4096, 4096], [8192], [64, 256]),
-            (out, 0x50000, [4096, 16384], [16384 if out == 7 else 8192], [wide, 128]),
-        ]
-        for call, row in zip(maps[3 * index : 3 * index + 3], wanted, strict=True):
-            assert tuple(call[key] for key in ("dtype", "data", "sizes", "strides", "box")) == row, call
+    assert outcome.printed == [""] * 8 and [call["grid"] for call in launches] == [[132, 1, 1]] * 8
+    made = {(call["dtype"], call["data"]): call for call in maps}
+    for dtype in (6, 7, 9):  # CUtensorMapDataType: float16, float32, bfloat16
+        bytes, wide = (4, 32) if dtype == 7 else (2, 64)  # of an element; of 128 bytes, the widest swizzle
+        wanted = {
+            0x10000: ([4096, 16384], [4096 * bytes], [wide, 128]),
+            0x20000: ([4096, 4096], [8192], [64, 256]),
+            0x50000: ([4096, 16384], [4096 * bytes], [wide, 64]),
+        }
+        for data, row in wanted.items():
+            if (dtype, data) == (7, 0x20000):
+                continue
+            call = made[dtype, data]
+            assert tuple(call[key] for key in ("sizes", "strides", "box")) == row, call
             # no interleave, 128-byte swizzle, 128-byte L2 promotion, zeros past the edges
             assert call["element_strides"] == [1, 1] and call["modes"] == [0, 3, 2, 0], call
 
 
+def test_a_tensor_map_is_made_once_a_thread_and_anew_for_what_differs(start: Start) -> None:
+    outcome = start("""
+import threading
+calls = [lambda: launch(16384, 4096, 4096), lambda: launch(16384, 4096, 4096), lambda: launch(16384, 4096, 2048),
+         lambda: launch(8192, 4096, 4096), lambda: launch(16384, 4096, 4096, out="float32")]
+texts = [call() for call in calls]
+thread = threading.Thread(target=lambda: texts.append(calls[0]()))
+thread.start(); thread.join()
+show(texts)""", gpus=HOPPER)  # fmt: skip
+    assert outcome.printed == [""] * 6
+    counts, seen = [], 0
+    for call in outcome.calls:
+        if call["call"] == "cuTensorMapEncodeTiled":
+            seen += 1
+        elif call["call"] == "cuLaunchKernel":
+            counts.append(seen)
+            seen = 0
+    # all; none; x and weight of another K; x and the result of other rows; the result's dtype and, as its place in
+    # the table may have been taken, whatever else; all of another thread
+    assert counts[:3] == [3, 0, 2] and counts[3] >= 2 and counts[4] >= 1 and counts[5] == 3, counts
+
+
 NO_MAP = {
     "K is 0": {"k": 0},
-    "one row": {"m": 1},
     "rows overlap": {"strides": (0, 1, 64, 1, 1, 1, 512, 1)},
-    "N": {"n": 500},
     "a long stride": {"strides": (2**38, 1, 64, 1, 1, 1, 512, 1)},
 }
 
@@ -153,7 +182,7 @@ def test_what_no_tensor_map_holds_takes_another_kernel(start: Start) -> None:
     outcome = start(
         f"""
 sizes = dict(m=512, n=512, k=64, strides=(64, 1, 64, 1, 1, 1, 512, 1))
-symbol = next(c.symbol for c in lbg.configs() if c.tma)
+symbol = next(c.symbol for c in lbg.configs() if c.persistent)
 with lbg.override(symbol):
     texts = [launch(**sizes)] + [launch(**(sizes | change)) for change in {NO_MAP!r}.values()]
 show([*texts, *(launch(**(sizes | change)) for change in {NO_MAP!r}.values())])""",
@@ -161,7 +190,16 @@ show([*texts, *(launch(**(sizes | change)) for change in {NO_MAP!r}.values())])"
     )
     assert outcome.printed[0] == "" and outcome.printed[-len(NO_MAP) :] == [""] * len(NO_MAP)
     assert all("cannot run" in text for text in outcome.printed[1 : 1 + len(NO_MAP)]), outcome.printed
-    assert [call["symbol"].endswith("_tma") for call in outcome.of("cuLaunchKernel")] == [True] + [False] * len(NO_MAP)
+    assert [call["symbol"].endswith("_ws") for call in outcome.of("cuLaunchKernel")] == [True] + [False] * len(NO_MAP)
+
+
+def test_the_map_of_a_single_row_has_a_stride_that_maps_can_hold(start: Start) -> None:
+    outcome = start("""
+symbol = next(c.symbol for c in lbg.configs() if c.persistent)
+with lbg.override(symbol):
+    show([launch(1, 512, 72)])""", gpus=HOPPER)  # fmt: skip
+    assert outcome.printed == [""]
+    assert [call["strides"] for call in outcome.of("cuTensorMapEncodeTiled")] == [[144], [144], [1024]]
 
 
 def test_strides_of_single_elements_are_normalised(start: Start) -> None:
@@ -172,7 +210,7 @@ show([launch(1, 64, 128, strides=(7, 1, 128, 1, 1, 1, 13, 1)),
     row, single, thin = outcome.of("cuLaunchKernel")
     assert outcome.printed == ["", "", ""]
     assert not row["symbol"].endswith("_any") and row["params"][5:-2] == [1, 64, 128, 0, 128, 0], row
-    assert single["params"][5:-2] == [1, 1, 128, 0, 1, 0, 1, 1, 1, 0, 1], single
+    assert single["params"][5:-2] == [1, 1, 128, 0, 0, 0], single
     assert thin["params"][5:-2] == [5, 7, 1, 1, 1, 1, 1, 1, 1, 7, 1], thin
 
 
@@ -188,15 +226,18 @@ UNALIGNED = {
 }
 
 
-def test_what_is_not_aligned_takes_the_generic_kernel(start: Start) -> None:
+RESULT_ALONE = {"pointer 4", "N", "stride 6"}  # what spoils the result's alignment and no load's
+
+
+def test_what_is_not_aligned_takes_a_kernel_that_does_not_rely_on_it(start: Start) -> None:
     outcome = start(
         f"changes = {UNALIGNED!r}\nshow([launch(64, 64, 64)] + "
         "[launch(c.pop('m', 64), c.pop('n', 64), c.pop('k', 64), **c) for c in changes.values()])"
     )
     plain, *rest = outcome.of("cuLaunchKernel")
-    assert outcome.printed == [""] * (1 + len(UNALIGNED)) and not plain["symbol"].endswith("_any")
+    assert outcome.printed == [""] * (1 + len(UNALIGNED)) and not plain["symbol"].endswith(("_any", "_anyout"))
     for what, call in zip(UNALIGNED, rest, strict=True):
-        assert call["symbol"].endswith("_any"), f"{what}: {call}"
+        assert call["symbol"].endswith("_anyout" if what in RESULT_ALONE else "_any"), f"{what}: {call}"
     assert rest[-1]["params"][5] == 2**31 and rest[-1]["grid"] == [2**31 // 64, 1, 1], rest[-1]
 
 
@@ -441,8 +482,10 @@ def test_dispatch_takes_the_lowest_predicted_legal_kernel(
                 legal = [c for c in found.candidates if c.why_not is None]
                 assert found.chosen and legal and legal[0].config is found.chosen, f"{(m, n, k)}: {found}"
                 among = [c for c in legal if c.config.aligned] or legal
+                among = [c for c in among if c.config.out_aligned] or among
                 assert legal[0].predicted_us == min(c.predicted_us for c in among if c.predicted_us), found
-                assert found.chosen.aligned == (k > 0 and k % 8 == n % 8 == 0 and max(m, n) < 2**31 - 256), found
+                assert found.chosen.aligned == (k > 0 and k % 8 == 0 and max(m, n) < 2**31 - 256), found
+                assert n % 8 == 0 or not found.chosen.out_aligned, found
 
 
 # arch and SM count of an RTX 4050, L4, an RTX 4070 Ti SUPER with some SMs more, 4090, L40S, and one that is not made
@@ -469,13 +512,43 @@ def test_dispatch_fits_the_tile_to_m(arch: int, sm_count: int, mode: tuple[torch
         assert chosen and chosen.tile_m == 128, chosen
 
 
+# M and the tiles of those kernels that took less than 3 % more than the best of all, N=K=4096, float16, on an H200.
+MEASURED_BEST = {
+    1: ["64x32x128_w8_s8_b16_ring"],
+    16: ["64x32x128_w8_s8_b16_ring"],
+    64: ["64x32x128_w8_s8_b64_ring"],
+    256: ["64x128x64_w8_s8_b64_ring"],
+    1024: [
+        "128x256x64_w12_s4_ws",
+        "128x128x64_w12_s6_ws",
+        "128x128x64_w12_s6_b128_ring",
+        "128x256x64_w12_s4_ws_anyout",
+    ],
+    4096: ["128x256x64_w12_s4_ws", "128x256x64_w12_s4_ws_anyout", "128x128x64_w12_s6_ws"],
+    16384: ["128x256x64_w12_s4_ws", "128x128x64_w12_s6_ws", "128x256x64_w12_s4_ws_anyout"],
+}
+
+
+@pytest.mark.parametrize("m", MEASURED_BEST)
+def test_dispatch_takes_what_was_measured_best(m: int) -> None:
+    chosen = chosen_for(m, 4096, 4096, 90, 132, MODES[0]).chosen
+    assert chosen and chosen.symbol.removeprefix("lbg_fused_f16_f16_") in MEASURED_BEST[m], chosen
+
+
+def test_boxes_of_few_rows_are_for_few_rows() -> None:
+    for m, x_box in ((1, 16), (8, 16), (16, 16), (64, 64)):
+        chosen = chosen_for(m, 4096, 4096, 90, 132, MODES[0]).chosen
+        assert chosen and chosen.x_box == x_box, chosen
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("arch", [89, 90])
 def test_more_sms_and_less_work_never_take_longer(arch: int, mode: tuple[torch.dtype, bool]) -> None:
     def time_us(m: int, n: int, k: int, sm_count: int) -> float:
         return chosen_for(m, n, k, arch, sm_count, mode).candidates[0].predicted_us or 0.0
 
-    for m, n, k in ((1, 4096, 4096), (48, 1024, 16384), (300, 8192, 512), (2000, 4096, 4096), (16384, 1024, 64)):
+    # From M=64 on: below, a row more is a row less for sm_90's TMA unit to fill, and may save time.
+    for m, n, k in ((64, 4096, 4096), (64, 1024, 16384), (300, 8192, 512), (2000, 4096, 4096), (16384, 1024, 64)):
         by_sms = [time_us(m, n, k, sm_count) for sm_count in (20, 58, 72, 128, 142, 200)]
         assert by_sms == sorted(by_sms, reverse=True), f"{(m, n, k)}: {by_sms}"
         for sizes in ([(f * m, n, k) for f in (1, 2, 5)], [(m, f * n, k) for f in (1, 2, 5)],
@@ -488,7 +561,8 @@ def test_more_sms_and_less_work_never_take_longer(arch: int, mode: tuple[torch.d
 def test_a_predicted_time_is_the_one_that_the_fit_assumes(
     x: torch.dtype, weight: torch.dtype, out: torch.dtype, fp16_accumulate: bool
 ) -> None:
-    for m, n, k in ((1, 64, 16), (1000, 520, 4104), (16384, 4096, 4096), (3000, 16384, 64), (129, 8, 16384)):
+    for m, n, k in ((1, 64, 16), (5, 4096, 520), (40, 1000, 4096), (1000, 520, 4104), (16384, 4096, 4096),
+                    (3000, 16384, 64), (129, 8, 16384)):  # fmt: skip
         tensors = torch.empty(m, k, dtype=x, device="meta"), torch.empty(n, k, dtype=weight, device="meta")
         for arch, sm_count in ((89, 20), (90, 132)):
             found = lbg.explain(*tensors, out_dtype=out, fp16_accumulate=fp16_accumulate, arch=arch, sm_count=sm_count)

@@ -18,7 +18,8 @@ import torch
 import lbg
 
 PLATFORM = "manylinux_2_34_x86_64"
-SYSTEM_LIBRARIES = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
+# the last for thread-local storage
+SYSTEM_LIBRARIES = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2"}
 
 
 def output(*command: str | Path) -> str:

@@ -17,6 +17,9 @@ from lbg._ops import extension
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # csrc/lbg.h, DType
 
 
+OTHER_MODE = "other accumulation mode"  # csrc/dispatch.cpp's reason
+
+
 @dataclass(frozen=True)
 class Config:
     """One shipped kernel. Sizes in elements unless they say bytes; dtypes by PyTorch's names."""
@@ -30,12 +33,14 @@ class Config:
     fp16_accumulate: bool
     aligned: bool  # False: the generic kernel of its class, which takes any strides
     out_aligned: bool  # relies on a result whose rows start on 16 bytes
-    tma: bool  # persistent CTAs that load and store through the TMA unit
+    tma: bool  # loads through the TMA unit
+    persistent: bool  # a CTA takes one tile after another
     tile_m: int
     tile_n: int
     tile_k: int
     warps: int
     stages: int
+    x_box: int  # rows of x that one load brings, of a kernel that loads those before M alone; else 0
     shared_bytes: int
     registers: int
     ctas_per_sm: int
@@ -43,6 +48,10 @@ class Config:
     wave_us: float  # a wave of CTAs
     step_us: float  # one CTA's K step
     latency_us: float  # least time between two K steps of a CTA
+    crowd_us: float  # what a K step takes more when every SM is at it
+    off_us: float  # as crowd_us, where rows of x or weight start off 32 bytes
+    fill_us: float  # as crowd_us, for each row of an x box that lies past M
+    box_us: float  # a K step's x box after the first
     dram_bytes_per_us: float  # one SM's share of the memory's bandwidth
 
 
@@ -155,11 +164,12 @@ def explain(
         arch,
         sm_count,
     )
-    wanted = (_checks.name(x.dtype), _checks.name(weight.dtype), _checks.name(result), fp16_accumulate)
+    wanted = (_checks.name(x.dtype), _checks.name(weight.dtype), _checks.name(result))
     chosen: Config | None = None
     candidates: list[Candidate] = []
     for config, (predicted_us, why_not, is_chosen) in zip(configs(), json.loads(text)):
-        if config.arch != arch or (config.x, config.weight, config.out, config.fp16_accumulate) != wanted:
+        # On an arch without kernels of its own for fp16_accumulate, those of the other mode are candidates.
+        if config.arch != arch or (config.x, config.weight, config.out) != wanted or why_not == OTHER_MODE:
             continue
         candidates.append(Candidate(config, predicted_us, why_not))
         if is_chosen:

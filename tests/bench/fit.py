@@ -18,8 +18,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,14 @@ from torch import Tensor
 
 import lbg
 from tests import cases
-from tests.bench.figures import facts
+from tests.bench.machine import facts
 from tests.cases import CLASSES, Case
 
 BENCHMARKS = tuple((m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096, 16384)) + (
     (16384, 1024, 1024), (16384, 4096, 1024), (16384, 1024, 4096), (4096, 11008, 4096), (512, 4096, 16384),
     (64, 16384, 4096), (16, 4096, 16384), (8192, 8192, 8192),
 )  # fmt: skip
+COMMAND = "python -m tests.bench.fit --fit"
 LONGEST = 16384
 POOL_ELEMENTS = LONGEST * LONGEST
 HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
@@ -208,31 +207,39 @@ def validation_cases(count: int) -> list[Case]:
 
 # ---- fitting
 
-CONSTANTS = ("launch_us", "wave_us", "step_us", "latency_us", "dram_bytes_per_us")
+CONSTANTS = (
+    "launch_us", "wave_us", "step_us", "latency_us", "crowd_us", "off_us", "fill_us", "box_us", "dram_bytes_per_us"
+)  # fmt: skip
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-
-TIE = 0.05
+TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
+USUAL = 0.05  # a relative error of the formula
 
 
 def coefficients(config: lbg.Config, shapes: np.ndarray, sm_count: int, linear: np.ndarray) -> np.ndarray:
     """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us while no maximum in it changes sides.
 
-    `linear` is (launch_us, wave_us, step_us, latency_us, 1 / dram_bytes_per_us).
+    `linear` is CONSTANTS, but the last of them inverted.
     """
     m, n, k = shapes.T
+    x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
     ctas = -(-m // config.tile_m) * -(-n // config.tile_n)
     steps = -(-k // config.tile_k)
-    whole = ctas // (sm_count * config.ctas_per_sm)
-    shared_by = -(-(ctas - whole * sm_count * config.ctas_per_sm) // sm_count)  # CTAs on an SM in the last wave
-    x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
-    busy, memory = np.zeros((2, len(shapes), 5))
-    for waves, q in ((whole, np.full_like(whole, config.ctas_per_sm)), (shared_by > 0, shared_by)):
-        by_step = q * linear[2] > linear[3]
+    most = sm_count * config.ctas_per_sm
+    whole, rest = ctas // most, ctas % most
+    off = (np.where(m > 1, k * x, 0) | np.where(n > 1, k * weight, 0)) % 32 != 0
+    boxes = -(-np.minimum(m, config.tile_m) // config.x_box) if config.x_box else 1
+    busy, memory = np.zeros((2, len(shapes), len(CONSTANTS)))
+    for waves, at_once in ((whole, most), (rest > 0, rest)):
+        fullest, per_sm = -(-at_once // sm_count), at_once / sm_count
+        by_step = fullest * linear[2] > linear[3]
         busy[:, 1] += waves
-        busy[:, 2] += waves * steps * np.where(by_step, q, 0)
+        busy[:, 2] += waves * steps * np.where(by_step, fullest, 0)
         busy[:, 3] += waves * steps * np.where(by_step, 0, 1)
-    memory[:, 4] = (m * k * x + n * k * weight + m * n * out) / sm_count
+        busy[:, 4] += waves * steps * per_sm
+        busy[:, 5] += waves * steps * per_sm * off
+        busy[:, 6] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
+        busy[:, 7] += waves * steps * (boxes - 1)
+    memory[:, 8] = (m * k * x + n * k * weight + m * n * out) / sm_count
     longer = (busy @ linear > memory @ linear)[:, None]
     rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
     rows[:, 0] = 1
@@ -250,67 +257,73 @@ def predicted_us(config: lbg.Config, shapes: np.ndarray, sm_count: int, cost: di
 
 
 def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """min |rows @ v - wanted| over v >= 0, exactly: of every choice of zeros that leaves no negative, the best."""
-    size = np.maximum(np.linalg.norm(rows, axis=0), 1e-30)
-    gram, aim = (rows / size).T @ (rows / size), (rows / size).T @ wanted
-    best, best_error = np.zeros_like(aim), 0.0
-    for count in range(1, len(aim) + 1):
-        for kept in map(list, combinations(range(len(aim)), count)):
-            part = np.linalg.lstsq(gram[np.ix_(kept, kept)], aim[kept], rcond=1e-10)[0]
-            error = part @ gram[np.ix_(kept, kept)] @ part - 2 * part @ aim[kept]  # less |wanted|^2
-            if part.min() >= 0 and error < best_error:
-                best, best_error = np.zeros_like(aim), error
-                best[kept] = part
-    return best / size
+    """min |rows @ v - wanted| over v >= 0: what would be most negative is left out until nothing is."""
+    size = np.linalg.norm(rows, axis=0)
+    found = np.zeros_like(size)
+    kept = np.flatnonzero(size)
+    while len(kept):
+        part = np.linalg.lstsq(rows[:, kept] / size[kept], wanted, rcond=1e-10)[0]
+        if part.min() >= 0:
+            found[kept] = part / size[kept]
+            break
+        kept = np.delete(kept, part.argmin())
+    return found
 
 
 def fit(config: lbg.Config, shapes: np.ndarray, us: np.ndarray, weight: np.ndarray, sm_count: int) -> np.ndarray:
     """The constants of least weighted relative error: linear least squares again and again, for the sides of the maxima
-    that the last constants took."""
+    that the last constants took. An error beyond USUAL counts by its size and no more by its square: what the formula
+    does not know of, such as the power limit, should not bend the rest."""
     own = linear_of(asdict(config))
     # A constant that no time depends on stays the wheel's: to be off by all of itself costs as much as TIE of a time.
     ties = TIE * np.diag(1 / np.maximum(own, 1e-12)) * (own > 0)
-    wanted = np.concatenate([weight, TIE * (own > 0)])
+    tied = TIE * (own > 0)
     best, best_error = own, math.inf
     for latency in (0.5, 1.0, 2.0, 4.0):
-        linear = own * [1, 1, 1, latency, 1]
+        linear = own * np.where(np.arange(len(own)) == CONSTANTS.index("latency_us"), latency, 1)
         for _ in range(30):
-            scaled = coefficients(config, shapes, sm_count, linear) * (weight / us)[:, None]
-            rows = np.concatenate([scaled, ties])
-            error = float(np.sum((rows @ linear - wanted) ** 2))
+            relative = coefficients(config, shapes, sm_count, linear) / us[:, None]
+            off = relative @ linear - 1
+            size = np.sqrt(1 + (off / USUAL) ** 2)
+            error = float(np.sum(2 * (weight * USUAL) ** 2 * (size - 1)) + np.sum((ties @ linear - tied) ** 2))
             if error < best_error:
                 best, best_error = linear, error
-            last, linear = linear, (linear + least_squares(rows, wanted)) / 2
+            heed = weight / np.sqrt(size)
+            rows = np.concatenate([relative * heed[:, None], ties])
+            last, linear = linear, (linear + least_squares(rows, np.concatenate([heed, tied]))) / 2
             if np.allclose(last, linear, rtol=1e-4):
                 break
     return best
 
 
 def by_shape(run: Run) -> list[list[Time]]:
-    """The times of one shape and class together, as they were measured."""
-    groups: dict[tuple[object, ...], list[Time]] = {}
+    """The times of one shape and class together. Of a kernel that serves two classes, the shorter of its two times."""
+    groups: dict[tuple[object, ...], dict[str, Time]] = {}
     for time in run.times:
         config = run.kernels[time.symbol]
         kind = (config.x, config.weight, config.out, config.fp16_accumulate)
-        groups.setdefault((time.m, time.n, time.k, *kind), []).append(time)
-    return list(groups.values())
+        group = groups.setdefault((time.m, time.n, time.k, *kind), {})
+        group[time.symbol] = min(time, group.get(time.symbol, time), key=lambda t: t.us)
+    return [list(group.values()) for group in groups.values()]
 
 
 def fit_all(run: Run) -> dict[str, dict[str, Any]]:
     """By symbol: constants, over how many shapes, and what is left of their times: rms and worst relative error."""
-    best = {id(time): min(t.us for t in group) for group in by_shape(run) for time in group}
+    groups = by_shape(run)
+    best = {id(time): min(t.us for t in group) for group in groups for time in group}
     found: dict[str, dict[str, Any]] = {}
     for symbol, config in run.kernels.items():
-        every = [t for t in run.times if t.symbol == symbol]
+        every = [t for group in groups for t in group if t.symbol == symbol]
         if not every:
             continue  # a generic kernel: it ran nowhere, and runs where nothing else does
         times = [t for t in every if t.us < HOPELESS * best[id(t)]]
         times = times if len(times) > 2 * len(CONSTANTS) else every
         shapes, us = np.array([(t.m, t.n, t.k) for t in times]), np.array([t.us for t in times])
-        weight = np.array([best[id(t)] for t in times]) / us  # where a kernel may be chosen, its time matters most
+        # Where a kernel may be chosen, its time matters most.
+        weight = (np.array([best[id(t)] for t in times]) / us) ** 2
         linear = fit(config, shapes, us, weight, run.sm_count)
         off = coefficients(config, shapes, run.sm_count, linear) @ linear / us - 1
-        values = [round(float(value), 4) for value in linear[:-1]] + [round(1 / max(linear[-1], 1e-9))]
+        values = [float(f"{value:.4g}") for value in linear[:-1]] + [round(1 / max(linear[-1], 1e-9))]
         found[symbol] = {
             "cost": dict(zip(CONSTANTS, values)),
             "shapes": len(times),
@@ -318,6 +331,13 @@ def fit_all(run: Run) -> dict[str, dict[str, Any]]:
             "worst": round(float(np.abs(off).max()), 3),
         }
     return found
+
+
+def lines(head: dict[str, Any], fitted: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for each thing that is said of them all, and one for each kernel."""
+    said = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
+    rows = ",\n".join(f"  {json.dumps(symbol)}: {json.dumps(row)}" for symbol, row in fitted.items())
+    return f'{{\n{said}"kernels": {{\n{rows}\n}}}}\n'
 
 
 # ---- judging
@@ -329,7 +349,8 @@ def regrets(run: Run, costs: dict[str, dict[str, float]] | None) -> list[dict[st
     for group in by_shape(run):
         best, chosen = min(group, key=lambda t: t.us), next((t for t in group if t.chosen), None)
         if costs is not None:
-            chosen = min(group, key=lambda t: float(
+            # As choose() has it: a kernel that stores to any address is for results that need one.
+            chosen = min([t for t in group if run.kernels[t.symbol].out_aligned] or group, key=lambda t: float(
                 predicted_us(run.kernels[t.symbol], np.array([(t.m, t.n, t.k)]), run.sm_count, costs[t.symbol])[0]
             ))  # fmt: skip
         assert chosen is not None, group
@@ -391,8 +412,8 @@ def main() -> None:
         if strange := [symbol for symbol, config in run.kernels.items() if config.compiled_arch != config.arch]:
             raise RuntimeError(f"{strange[0]} is a verification build's: its times are no GPU's that it is shipped for")
         fitted = fit_all(run)
-        head = {"measured": date.today().isoformat(), "command": "python -m tests.bench.fit --fit", "facts": run.facts}
-        arguments.fit.write_text(json.dumps(head | {"kernels": fitted}, indent=1) + "\n")
+        head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": f"{COMMAND} {arguments.fit}"}
+        arguments.fit.write_text(lines(head | {"facts": run.facts}, fitted))
         print(f"{len(fitted)} of {len(run.kernels)} kernels fitted: rms and worst relative error")
         for symbol, row in fitted.items():
             print(f"  {row['rms']:6.1%} {row['worst']:6.1%}  {symbol:<56} {row['shapes']} shapes  {row['cost']}")

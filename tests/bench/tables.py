@@ -122,7 +122,8 @@ def ragged(report: Report) -> str:
                     str(shape), name, _us(pair[0]), str(neighbour), _us(pair[1]),
                     times_over(over * neighbour.flop / shape.flop),
                 ])  # fmt: skip
-    return markdown(["ragged", "of", "us", "aligned", "us", "time a FLOP, ragged / aligned"], rows)
+    header = ["ragged", "of", "us", "aligned", "us", "time a FLOP, ragged / aligned"]
+    return markdown(header, rows) if rows else ""
 
 
 def accumulation(report: Report) -> str:
@@ -196,10 +197,10 @@ def page(report: Report, stem: str) -> str:
         "Against the best peer": f"Peers: {peers}.\n\n{main_table(report)}\n\n![times by shape]({stem}-shapes.png)",
         f"M up to {SMALL_M}": small_rows(report),
         "Ragged sizes": ragged(report),
-        "fp16_accumulate": "Relative error in norm against float64, M=512, N=1024, float32 results; for cuBLAS, of its "
+        "fp16_accumulate": report.accumulation and "Relative error in norm against float64, M=512, N=1024, float32 results; for cuBLAS, of its "
         "product in float32 or, with allow_fp16_accumulation, in float16, the epilogue computed in float64."
         f"\n\n{accumulation(report)}",
-        "Cold start and the host": markdown(["first result of a process", "ms"], single.items())
+        "Cold start and the host": report.host_us and markdown(["first result of a process", "ms"], single.items())
         + "\n\n"
         + markdown(["one call on the host", "us"], host.items())
         + f"\n\n![cold start and host time]({stem}-host.png)",
@@ -211,5 +212,5 @@ def page(report: Report, stem: str) -> str:
         "Left out": skipped(report) if report.skipped else "Nothing.",
     }  # fmt: skip
     title = f"# {report.facts['gpu']}, {report.facts['kernels']} kernels"
-    body = [f"## {name}\n\n{text.strip()}" if name else text for name, text in sections.items() if text]
+    body = [f"## {name}\n\n{str(text).strip()}" if name else str(text) for name, text in sections.items() if text]
     return "\n\n".join([title, *body]) + "\n"

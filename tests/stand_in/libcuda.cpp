@@ -142,21 +142,23 @@ size_t cubin_bytes(const void* image, int* arch) {
 }
 
 // The layouts of the compiled kernels, a letter a parameter: (p)ointer or 64-bit, (i)nt32. Five pointers, three sizes,
-// strides, two scratch pointers; of _tma kernels a tensor map (its first word, the address here), shape and strides
-// in place of a matrix's pointer, and no strides besides.
+// the strides that are not promised to be 1, two scratch pointers; of _ws and _ring kernels a tensor map (its first
+// word, the address here), shape and strides in place of a matrix's pointer, and of the strides only the result's; the
+// result of some has its pointer all the same.
 std::vector<int64_t> values(const std::string& symbol, void** params) {
-  const std::string kind = symbol.substr(symbol.rfind('_')), map = "piipp";
-  const std::string layout = kind == "_any"   ? "ppppp"
-                                                "ppp"
-                                                "pppppppp"
-                                                "pp"
-                             : kind == "_tma" ? map + map + "pp" + map +
-                                                    "iii"
-                                                    "pp"
-                                              : "ppppp"
-                                                "iii"
-                                                "ppp"
-                                                "pp";
+  const auto is = [&](const std::string& kind) {
+    return symbol.size() > kind.size() && symbol.compare(symbol.size() - kind.size(), kind.size(), kind) == 0;
+  };
+  const std::string vectors = "pp", sizes = "iii", scratch = "pp", map = "piipp";
+  std::string layout = "ppppp" + sizes + "ppp";
+  if (is("_ws")) {
+    layout = map + map + vectors + map + sizes + "p";
+  } else if (is("_ws_anyout") || is("_ring") || is("_ring_anyout")) {
+    layout = map + map + vectors + "p" + sizes + "p";
+  } else if (is("_any")) {
+    layout = "ppppp" + std::string("ppp") + "pppppppp";
+  }
+  layout += scratch;
   std::vector<int64_t> found;
   for (size_t i = 0; i < layout.size(); ++i) {
     found.push_back(layout[i] == 'i' ? *static_cast<int32_t*>(params[i]) : *static_cast<int64_t*>(params[i]));

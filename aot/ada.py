@@ -1,0 +1,237 @@
+"""The sm_89 kernel, in Gluon: there the layout of each register and of each byte of shared memory is ours to choose.
+
+It computes what lbg_fused (kernels.py) does, and adds in the same order: K ascending, 16 at a time, one chain of sums
+an element. A ring of STAGES shared buffers is filled by cp.async. The loop is unrolled by a multiple of the ring, so
+which buffer a step uses is a constant: no index arithmetic is left, and triton sees that a step's copies and loads
+never meet, so that one barrier a step is enough. Beyond K zeros are copied: the loop has no tail and its last copies
+no branch.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from aot import kernels
+from aot.kernels import relu_gelu, symbol, tile_position
+
+FP16_CHUNK = gl.constexpr(kernels.FP16_CHUNK)
+
+
+@gluon.constexpr_function
+def copy_layout(columns, warps):
+    """Who copies what of a [rows, columns] tile: 8 elements at a time, a row by neighbours in a warp."""
+    lanes = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def shared_layout(columns):
+    """A [rows, columns] tile of 16-bit elements. Its 16-byte pieces are swizzled so that the same piece of 8 rows,
+    which is what ldmatrix reads at once, lies in 8 different groups of banks."""
+    pieces = columns // 8
+    rows_per_phase = max(1, 8 // pieces)
+    return gl.SwizzledSharedLayout(8, rows_per_phase, min(8 // rows_per_phase, pieces), [1, 0])
+
+
+@gluon.constexpr_function
+def store_layout(layout, warps, ragged):
+    """How a result is spread over threads for its stores.
+
+    Rows that start on 16 bytes: the layout as it is, a thread's registers in the order of their columns, which moves
+    nothing. Ragged ones: a warp stores 32 neighbours, an element a thread."""
+    if ragged:
+        return gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
+    registers = sorted(layout.reg_bases, key=lambda basis: (basis[0], basis[1]))
+    return gl.DistributedLinearLayout(registers, layout.lane_bases, layout.warp_bases, layout.block_bases, layout.shape)
+
+
+@gluon.jit(repr=symbol)
+def lbg_fused_async(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_scale,
+    stride_shift,
+    stride_om,
+    stride_on,
+    TILE_M: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_K: gl.constexpr,
+    WARPS_M: gl.constexpr,
+    WARPS_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    UNROLL: gl.constexpr,  # steps a loop pass: a multiple of STAGES, and of 2 for a float32 x
+    UNIT_K: gl.constexpr,  # how deep the operands are that a warp holds in registers, twice
+    PAIRS: gl.constexpr,  # weight_row's
+    GROUP_M: gl.constexpr,
+    EPILOGUE_PARTS: gl.constexpr,
+    RAGGED: gl.constexpr,  # result rows may start anywhere
+    FP16_ACCUMULATE: gl.constexpr,
+    SYMBOL: gl.constexpr,
+):
+    WARPS: gl.constexpr = WARPS_M * WARPS_N
+    AHEAD: gl.constexpr = STAGES - 1
+    X32: gl.constexpr = x_ptr.dtype.element_ty == gl.float32
+    X_STAGES: gl.constexpr = 2 if X32 else STAGES
+    dtype: gl.constexpr = weight_ptr.dtype.element_ty
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS_M, WARPS_N], [16, 8])
+    copies: gl.constexpr = copy_layout(TILE_K, WARPS)
+
+    tile_m, tile_n = tile_position(gl.program_id(0), gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N), GROUP_M)
+    offs_k = gl.arange(0, TILE_K, gl.SliceLayout(0, copies))[None, :]
+    rows_x = tile_m * TILE_M + gl.arange(0, TILE_M, gl.SliceLayout(1, copies))
+    rows_w = tile_n * TILE_N + weight_row(gl.arange(0, TILE_N, gl.SliceLayout(1, copies)), WARPS_N, PAIRS)
+    # Rows past the edge read the last row again, and what they compute is not stored. Few rows are masked besides: with
+    # M=1 all of a tile would ask L2 for the same bytes.
+    x_ptrs = x_ptr + (gl.minimum(rows_x, M - 1).to(gl.int64)[:, None] * stride_xm + offs_k)
+    w_ptrs = weight_ptr + (gl.minimum(rows_w, N - 1).to(gl.int64)[:, None] * stride_wn + offs_k)
+    x_end = K
+    if TILE_M <= 64:
+        x_end = (rows_x < M).to(gl.int32)[:, None] * K
+
+    x_ring = gl.allocate_shared_memory(dtype, [X_STAGES, TILE_M, TILE_K], shared_layout(TILE_K))
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_N, TILE_K], shared_layout(TILE_K))
+    acc = gl.zeros((TILE_M, TILE_N), gl.float32, mma)
+
+    for stage in gl.static_range(AHEAD):
+        if not X32:
+            copy(x_ring.index(stage), x_ptrs, offs_k, stage * TILE_K, x_end)
+        copy(w_ring.index(stage), w_ptrs, offs_k, stage * TILE_K, K)
+        async_copy.commit_group()
+    x_next = 0
+    if X32:
+        # float32 rows pass through registers, one step ahead, and are rounded on their way to shared memory.
+        x_ring.index(0).store(gl.load(x_ptrs, mask=offs_k < x_end, other=0.0).to(dtype))
+        x_next = gl.load(x_ptrs + TILE_K, mask=offs_k + TILE_K < x_end, other=0.0)
+
+    for first_k in range(0, K, UNROLL * TILE_K):
+        x_now = x_ptrs + first_k
+        w_now = w_ptrs + first_k
+        left = K - first_k
+        x_left = x_end - first_k
+        for step in gl.static_range(UNROLL):
+            async_copy.wait_group(STAGES - 2)
+            x_tile = x_ring.index(step % X_STAGES)
+            w_tile = w_ring.index(step % STAGES)
+            k = (step + AHEAD) * TILE_K
+            if FP16_ACCUMULATE:
+                if not X32:
+                    copy(x_ring.index((step + AHEAD) % STAGES), x_now, offs_k, k, x_left)
+                copy(w_ring.index((step + AHEAD) % STAGES), w_now, offs_k, k, left)
+                async_copy.commit_group()
+                acc = add_chunks(x_tile, w_tile, acc, TILE_K, TILE_N, mma)
+            else:
+                # The first loads go before the copies, which take longer to issue and whose results are not awaited.
+                x = x_operand(x_tile, 0, UNIT_K, mma)
+                w = w_operand(w_tile, 0, UNIT_K, mma)
+                if not X32:
+                    copy(x_ring.index((step + AHEAD) % STAGES), x_now, offs_k, k, x_left)
+                copy(w_ring.index((step + AHEAD) % STAGES), w_now, offs_k, k, left)
+                async_copy.commit_group()
+                acc = add_products(x_tile, w_tile, acc, x, w, TILE_K, UNIT_K, mma)
+            if X32:
+                x_ring.index((step + 1) % 2).store(x_next.to(dtype))
+                k = (step + 2) * TILE_K
+                x_next = gl.load(x_now + k, mask=offs_k + k < x_left, other=0.0)
+    async_copy.wait_group(0)
+
+    # Each part is finished and stored before the next is begun.
+    acc = in_result_order(acc, WARPS_N, PAIRS)
+    parts = column_parts(acc, EPILOGUE_PARTS)
+    for part in gl.static_range(EPILOGUE_PARTS):
+        first_n = tile_n * TILE_N + part * (TILE_N // EPILOGUE_PARTS)
+        store(parts[part], scale_ptr, shift_ptr, out_ptr, tile_m * TILE_M, first_n, M, N, stride_om, RAGGED)
+
+
+@gluon.jit
+def copy(buffer, ptrs, offs_k, k, end):
+    async_copy.async_load(buffer, ptrs + k, mask=offs_k + k < end)
+
+
+@gluon.jit
+def x_operand(x_tile, k: gl.constexpr, DEPTH: gl.constexpr, mma: gl.constexpr):
+    return x_tile.slice(k, DEPTH, 1).load(gl.DotOperandLayout(0, mma, 2))
+
+
+@gluon.jit
+def w_operand(w_tile, k: gl.constexpr, DEPTH: gl.constexpr, mma: gl.constexpr):
+    return w_tile.slice(k, DEPTH, 1).permute([1, 0]).load(gl.DotOperandLayout(1, mma, 2))
+
+
+@gluon.jit
+def add_products(x_tile, w_tile, acc, x, w, TILE_K: gl.constexpr, UNIT_K: gl.constexpr, mma: gl.constexpr):
+    """acc + x_tile @ w_tile.T; x and w are its first operands. A unit's are loaded while the one before multiplies."""
+    for k in gl.static_range(UNIT_K, TILE_K, UNIT_K):
+        next_x = x_operand(x_tile, k, UNIT_K, mma)
+        next_w = w_operand(w_tile, k, UNIT_K, mma)
+        acc = mma_v2(x, w, acc)
+        x = next_x
+        w = next_w
+    return mma_v2(x, w, acc)
+
+
+@gluon.jit
+def add_chunks(x_tile, w_tile, acc, TILE_K: gl.constexpr, TILE_N: gl.constexpr, mma: gl.constexpr):
+    """The same with the sums of FP16_CHUNK products in float16."""
+    for first_k in gl.static_range(0, TILE_K, FP16_CHUNK):
+        chunk = gl.zeros((acc.shape[0], TILE_N), gl.float16, mma)
+        for k in gl.static_range(first_k, first_k + FP16_CHUNK, 16):
+            chunk = mma_v2(x_operand(x_tile, k, 16, mma), w_operand(w_tile, k, 16, mma), chunk)
+        acc += chunk.to(gl.float32)
+    return acc
+
+
+@gluon.jit
+def weight_row(column, WARPS_N: gl.constexpr, PAIRS: gl.constexpr):
+    """Which row of the weight tile gives the products in `column` of the accumulator.
+
+    Of every 8 columns a thread holds 2, and its next 2 are 8 * WARPS_N further on. With the rows dealt out this way
+    PAIRS such pairs are neighbours in the result, and the thread stores them at once, with no exchange of data.
+    """
+    pair = column // 2 % 4
+    warp = column // 8 % WARPS_N
+    block = column // (8 * WARPS_N) % PAIRS
+    rest = column // (8 * WARPS_N * PAIRS)
+    return (((rest * WARPS_N + warp) * 4 + pair) * PAIRS + block) * 2 + column % 2
+
+
+@gluon.jit
+def in_result_order(acc, WARPS_N: gl.constexpr, PAIRS: gl.constexpr):
+    """acc with its columns where weight_row took their rows from: a renaming of registers."""
+    TILE_M: gl.constexpr = acc.shape[0]
+    TILE_N: gl.constexpr = acc.shape[1]
+    acc = acc.reshape((TILE_M, TILE_N // (8 * WARPS_N * PAIRS), PAIRS, WARPS_N, 4, 2))
+    return acc.permute((0, 1, 3, 4, 2, 5)).reshape((TILE_M, TILE_N))
+
+
+@gluon.jit
+def column_parts(acc, PARTS: gl.constexpr):
+    """acc's columns as PARTS (a power of 2) tensors of equal width, left to right."""
+    if PARTS == 1:
+        return (acc,)
+    else:
+        halves = acc.reshape((acc.shape[0], 2, acc.shape[1] // 2)).permute((0, 2, 1))
+        left, right = halves.split()
+        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
+
+
+@gluon.jit
+def store(acc, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, stride_om, RAGGED: gl.constexpr):
+    layout: gl.constexpr = store_layout(acc.type.layout, gl.num_warps(), RAGGED)
+    acc = gl.convert_layout(acc, layout)
+    rows = first_m + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
+    columns = first_n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    scale = gl.load(scale_ptr + columns, mask=columns < N, other=0.0)
+    shift = gl.load(shift_ptr + columns, mask=columns < N, other=0.0)
+    y = relu_gelu(acc * scale[None, :] + shift[None, :])
+    out_ptrs = out_ptr + (rows.to(gl.int64)[:, None] * stride_om + columns[None, :])
+    gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))

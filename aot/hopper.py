@@ -1,0 +1,456 @@
+"""The sm_90 kernels, in Gluon: warps that load through the TMA unit, and warps that multiply what came with wgmma.
+
+    y[m, n] = relu(gelu((sum_k x[m, k] * weight[n, k]) * scale[n] + shift[n]))
+
+lbg_fused_ring is for few rows, where reading the weight once is the time: a tile a CTA, and as much of the weight on
+its way as shared memory holds.
+
+lbg_fused_ws is for many: one CTA an SM walks the tiles. One warp asks for operands, several K steps ahead; two
+warpgroups multiply half of a tile's rows each, and then finish and store that half while the next tile's operands are
+on their way. A float32 x is loaded by a third warpgroup instead, which rounds it to weight's dtype from one ring of
+buffers in shared memory into another.
+
+    16-bit x     TMA ---> x, weight ---> wgmma            float32 x    TMA ---> wide ---round--> x ---> wgmma
+                                                                       TMA -----------------> weight
+
+A ring's barriers are `full`, which loaders arrive at and consumers wait for, and `empty`, the other way round. Products
+are added as in aot/kernels.py, K ascending, 16 at a time: the bits are the same.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    CachePolicy,
+    FractionalEvictionPolicy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from aot import kernels
+
+relu_gelu = gluon.jit(kernels.relu_gelu.fn)
+tile_position = gluon.jit(kernels.tile_position.fn)
+
+
+# ---- few rows
+
+# A CTA reads its rows of the weight alone, or together with its neighbours: they need not push x out of L2.
+READ_ONCE = gl.constexpr(CachePolicy(l2=FractionalEvictionPolicy("evict_first", 1.0)))
+
+
+@gluon.jit(repr=kernels.symbol)
+def lbg_fused_ring(
+    x,
+    weight,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_om,
+    TILE_M: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    OUT_ALIGNED: gl.constexpr,
+    SYMBOL: gl.constexpr,
+):
+    # Neighbours share rows of the weight.
+    tiles_m = gl.cdiv(M, TILE_M)
+    first_m = gl.program_id(0) % tiles_m * TILE_M
+    first_n = full_box(gl.program_id(0) // tiles_m * TILE_N, N, TILE_N)
+    ring = Ring(
+        allocate_slots(x, TILE_M, TILE_K, STAGES),
+        allocate_slots(weight, TILE_N, TILE_K, STAGES),
+        mbarrier.allocate_mbarrier(batch=STAGES),
+        mbarrier.allocate_mbarrier(batch=STAGES),
+        TILE_K,
+        STAGES,
+        x.block_shape[0],
+    )
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ring.full.index(stage), count=TILE_M // ring.X_BOX + 1)  # an arrival for each box
+        mbarrier.init(ring.empty.index(stage), count=1)
+    # Four or eight warps multiply; of two more, one brings in x and one the weight.
+    gl.warp_specialize(
+        [
+            (ring_tile, (ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, stride_om, OUT_ALIGNED)),
+            (fill_ring, (ring, ring.weight, weight, first_n, N, K, READ_ONCE)),
+            (fill_ring, (ring, ring.x, x, first_m, M, K, None)),
+        ],
+        [1, 1],
+    )
+
+
+@gluon.aggregate
+class Ring:
+    """STAGES slots of shared memory for [TILE_M, TILE_K] of x and [TILE_N, TILE_K] of the weight, and the mbarriers
+    that say a slot is full or empty. Along K an operand is cut into parts as wide as the swizzle, 128 bytes."""
+
+    x: gl.shared_memory_descriptor
+    weight: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    TILE_K: gl.constexpr
+    STAGES: gl.constexpr
+    X_BOX: gl.constexpr  # rows of x that one load brings
+
+    @gluon.jit
+    def next(self, stage, phase):
+        """The slot after `stage`; phase is the parity of the rounds so far."""
+        last = stage == self.STAGES - 1
+        return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def allocate_slots(desc, ROWS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr):
+    PARTS: gl.constexpr = TILE_K // desc.block_shape[1]
+    return gl.allocate_shared_memory(desc.dtype, [STAGES * PARTS, ROWS, desc.block_shape[1]], desc.layout)
+
+
+@gluon.jit
+def full_box(first, rows, BOX: gl.constexpr):
+    """Where to begin, for BOX rows from `first` on not to run past the last row. Those that are then done twice have
+    the same bits both times; the TMA unit takes longer to fill a row in with zeros than to read it."""
+    return gl.minimum(first, gl.maximum(rows - BOX, 0))
+
+
+@gluon.jit
+def fill_ring(ring, slots, desc, first, rows, K, POLICY: gl.constexpr):
+    """Brings one operand's rows from `first` on into its slots, K ascending, as they come free."""
+    BOX: gl.constexpr = desc.block_shape[0]
+    PART_K: gl.constexpr = desc.block_shape[1]
+    PARTS: gl.constexpr = ring.TILE_K // PART_K
+    stage = 0
+    phase = 1  # every slot is free in the first round
+    for k in range(0, K, ring.TILE_K):
+        full = ring.full.index(stage)
+        mbarrier.wait(ring.empty.index(stage), phase)
+        for box in gl.static_range(slots.shape[1] // BOX):
+            # A box past the last row stays as it is: what is multiplied with it is not stored.
+            if first + box * BOX < rows:
+                mbarrier.expect(full, PARTS * desc.nbytes_per_cta)
+                row = full_box(first + box * BOX, rows, BOX)
+                for part in gl.static_range(PARTS):
+                    slot = slots.index(stage * PARTS + part).slice(box * BOX, BOX)
+                    tma.async_load(desc, [row, k + part * PART_K], full, slot, cache_policy=POLICY)
+            else:
+                mbarrier.arrive(full)
+        stage, phase = ring.next(stage, phase)
+
+
+@gluon.jit
+def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, stride_om, OUT_ALIGNED: gl.constexpr):
+    """Multiplies what the ring brings, finishes the tile and stores it."""
+    TILE_M: gl.constexpr = ring.x.shape[1]
+    TILE_N: gl.constexpr = ring.weight.shape[1]
+    X_K: gl.constexpr = ring.x.shape[2]
+    WEIGHT_K: gl.constexpr = ring.weight.shape[2]
+    X_PARTS: gl.constexpr = ring.TILE_K // X_K
+    WEIGHT_PARTS: gl.constexpr = ring.TILE_K // WEIGHT_K
+    IN_FLIGHT: gl.constexpr = X_PARTS if X_K == WEIGHT_K else 0
+    WARPS: gl.constexpr = gl.num_warps()
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE_N, 16])
+    # Read before the loop: at its end, nothing would hide that they come from DRAM.
+    cols = gl.minimum(first_n + gl.arange(0, TILE_N, gl.SliceLayout(0, ACC)), N - 1)
+    scale = gl.expand_dims(gl.load(scale_ptr + cols), 0)
+    shift = gl.expand_dims(gl.load(shift_ptr + cols), 0)
+    acc = warpgroup_mma_init(gl.zeros([TILE_M, TILE_N], gl.float32, ACC))
+    stage = 0
+    phase = 0
+    last = 0
+    for k in range(0, K, ring.TILE_K):
+        mbarrier.wait(ring.full.index(stage), phase)
+        for part in gl.static_range(X_PARTS):
+            x = ring.x.index(stage * X_PARTS + part)
+            weight = ring.weight.index(stage * WEIGHT_PARTS + part * X_K // WEIGHT_K)
+            if X_K != WEIGHT_K:  # float32: rounded on its way through registers; half as many to a part
+                x = x.load(gl.DotOperandLayout(0, ACC, 2)).to(weight.dtype)
+                weight = weight.slice(part * X_K % WEIGHT_K, X_K, dim=1)
+            acc = warpgroup_mma(x, weight.permute((1, 0)), acc, is_async=True)
+        # This slot's products stay in flight, unless the next slot's x would overwrite registers that they read; the
+        # slot before is done with.
+        acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=IN_FLIGHT, deps=(acc,)))
+        mbarrier.arrive(ring.empty.index(last), pred=k > 0)
+        last = stage
+        stage, phase = ring.next(stage, phase)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+
+    # Through shared memory to a layout in which a thread stores 16 bytes, or a warp neighbours.
+    VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth if OUT_ALIGNED else 1
+    LANES: gl.constexpr = min(32, TILE_N // VECTOR)
+    STORE: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    y = gl.convert_layout(relu_gelu(acc * scale + shift).to(out_ptr.dtype.element_ty), STORE)
+    in_tile = gl.arange(0, TILE_M, gl.SliceLayout(1, STORE))
+    box = first_m + in_tile // ring.X_BOX * ring.X_BOX
+    rows = gl.expand_dims(full_box(box, M, ring.X_BOX) + in_tile % ring.X_BOX, 1)
+    stored = gl.expand_dims(box < M, 1) & (rows < M)
+    if OUT_ALIGNED:
+        first_n = gl.multiple_of(first_n, 8)
+    cols = gl.expand_dims(first_n + gl.arange(0, TILE_N, gl.SliceLayout(0, STORE)), 0)
+    gl.store(out_ptr + rows.to(gl.int64) * stride_om + cols, y, mask=stored & (cols < N))
+
+
+# ---- many rows
+
+# A thread, of a ws kernel's three warpgroups: all that there are. setmaxnreg moves them from those that load to those
+# that hold an accumulator.
+WS_REGISTERS = 168
+
+
+@gluon.aggregate
+class Tiling:
+    M: gl.tensor
+    N: gl.tensor
+    K: gl.tensor
+    TILE_M: gl.constexpr
+    TILE_N: gl.constexpr
+    TILE_K: gl.constexpr
+    GROUP_M: gl.constexpr
+
+    @gluon.jit
+    def count(self):
+        return gl.cdiv(self.M, self.TILE_M) * gl.cdiv(self.N, self.TILE_N)
+
+    @gluon.jit
+    def origin(self, tile):
+        """(first row, first column) of the tile-th tile."""
+        tiles_m, tiles_n = gl.cdiv(self.M, self.TILE_M), gl.cdiv(self.N, self.TILE_N)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, self.GROUP_M)
+        return tile_m * self.TILE_M, tile_n * self.TILE_N
+
+
+@gluon.aggregate
+class Rings:
+    """Buffers in shared memory, each ring with its stages first; x's and weight's may differ in length."""
+
+    x: gl.shared_memory_descriptor
+    weight: gl.shared_memory_descriptor
+    out: gl.shared_memory_descriptor  # one a consumer
+    full: gl.shared_memory_descriptor  # one a stage of weight
+    empty: gl.shared_memory_descriptor  # one a stage of x
+
+
+@gluon.jit
+def stage_of(step, ring):
+    """(buffer, parity) of the step-th use of a ring."""
+    return step % ring.shape[0], step // ring.shape[0] & 1
+
+
+@gluon.jit(repr=kernels.symbol)
+def lbg_fused_ws(
+    x,
+    weight,
+    scale_ptr,
+    shift_ptr,
+    out,  # a tensor map, or a pointer where the result's rows do not start on 16-byte boundaries
+    M,
+    N,
+    K,
+    stride_om,
+    TILE_M: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    EPILOGUE_PARTS: gl.constexpr,
+    OUT_DTYPE: gl.constexpr,
+    OUT_BY_TMA: gl.constexpr,
+    SYMBOL: gl.constexpr,
+):
+    ELEMENT: gl.constexpr = weight.dtype
+    ROUNDS: gl.constexpr = x.dtype != ELEMENT
+    X_STAGES: gl.constexpr = STAGES - 1 if ROUNDS else STAGES
+    ROWS: gl.constexpr = TILE_M // 2
+    COLUMNS: gl.constexpr = TILE_N // EPILOGUE_PARTS
+    X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_M, TILE_K], ELEMENT)
+    OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], OUT_DTYPE)
+    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, GROUP_M)
+    rings = Rings(
+        gl.allocate_shared_memory(ELEMENT, [X_STAGES, TILE_M, TILE_K], X_LAYOUT),
+        gl.allocate_shared_memory(ELEMENT, [STAGES, TILE_N, TILE_K], weight.layout),
+        gl.allocate_shared_memory(OUT_DTYPE, [2, ROWS, COLUMNS], OUT_LAYOUT),
+        mbarrier.allocate_mbarrier(batch=STAGES),
+        mbarrier.allocate_mbarrier(batch=X_STAGES),
+    )
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(rings.full.index(stage), count=2 if ROUNDS else 1)  # the bytes asked for, and x rounded
+    for stage in gl.static_range(X_STAGES):
+        mbarrier.init(rings.empty.index(stage), count=2)  # both consumers
+
+    result = (out, stride_om, scale_ptr, shift_ptr)
+    if ROUNDS:
+        wide = gl.allocate_shared_memory(x.dtype, [2, TILE_M, TILE_K], x.layout)
+        wide_full = mbarrier.allocate_mbarrier(batch=2)
+        for stage in gl.static_range(2):
+            mbarrier.init(wide_full.index(stage), count=1)
+        gl.warp_specialize(
+            [
+                (consume, (0, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
+                (consume, (1, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
+                (load_and_round, (x, weight, wide, wide_full, rings, tiling)),
+            ],
+            worker_num_warps=[4, 4],
+            worker_num_regs=[200, 104],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
+                (consume, (1, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
+                (load, (x, weight, rings, tiling)),
+            ],
+            worker_num_warps=[4, 1],
+            worker_num_regs=[232, 24],
+        )
+
+
+@gluon.jit
+def load(x, weight, rings, tiling):
+    # What lies past an edge is read as 0 and never stored, so K needs no tail and M and N no masks.
+    step = 0
+    for tile in range(gl.program_id(0), tiling.count(), gl.num_programs(0)):
+        first_m, first_n = tiling.origin(tile)
+        for k in range(0, tiling.K, tiling.TILE_K):
+            stage, parity = stage_of(step, rings.full)
+            full = rings.full.index(stage)
+            mbarrier.wait(rings.empty.index(stage), parity ^ 1)
+            mbarrier.expect(full, x.nbytes_per_cta + weight.nbytes_per_cta)
+            tma.async_load(x, [first_m, k], full, rings.x.index(stage))
+            tma.async_load(weight, [first_n, k], full, rings.weight.index(stage))
+            step += 1
+
+
+@gluon.jit
+def load_and_round(x, weight, wide, wide_full, rings, tiling):
+    # 16 lanes read a row of 64 float32: no two of a request meet in a bank.
+    LANES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    tiles = tiling.count()
+    tile = gl.program_id(0)
+    first_m, first_n = tiling.origin(tile)
+    ask(x, weight, wide, wide_full, rings, first_m, first_n, 0, 0, tile < tiles)
+    step = 0
+    while tile < tiles:
+        for k in range(0, tiling.K, tiling.TILE_K):
+            next_k = k + tiling.TILE_K
+            next_tile = tile
+            if next_k >= tiling.K:
+                next_k = 0
+                next_tile = tile + gl.num_programs(0)
+                first_m, first_n = tiling.origin(next_tile)
+            # Once the consumers have let go of x's buffer, they have of the weight's that the next step takes: that
+            # ring is one longer.
+            x_stage, x_parity = stage_of(step, rings.empty)
+            mbarrier.wait(rings.empty.index(x_stage), x_parity ^ 1)
+            ask(x, weight, wide, wide_full, rings, first_m, first_n, next_k, step + 1, next_tile < tiles)
+            wide_stage, wide_parity = stage_of(step, wide)
+            mbarrier.wait(wide_full.index(wide_stage), wide_parity)
+            rings.x.index(x_stage).store(wide.index(wide_stage).load(LANES).to(weight.dtype))
+            fence_async_shared()
+            stage, _ = stage_of(step, rings.full)
+            mbarrier.arrive(rings.full.index(stage))
+            step += 1
+        tile += gl.num_programs(0)
+
+
+@gluon.jit
+def ask(x, weight, wide, wide_full, rings, first_m, first_n, k, step, wanted):
+    """Has the TMA unit load the operands of one step, x as float32, if it is wanted."""
+    stage, _ = stage_of(step, rings.full)
+    full = rings.full.index(stage)
+    mbarrier.expect(full, weight.nbytes_per_cta, pred=wanted)
+    tma.async_load(weight, [first_n, k], full, rings.weight.index(stage), pred=wanted)
+    wide_stage, _ = stage_of(step, wide)
+    arrived = wide_full.index(wide_stage)
+    mbarrier.expect(arrived, x.nbytes_per_cta, pred=wanted)
+    tma.async_load(x, [first_m, k], arrived, wide.index(wide_stage), pred=wanted)
+
+
+@gluon.jit
+def consume(WHO: gl.constexpr, result, rings, tiling, PARTS: gl.constexpr, OUT_BY_TMA: gl.constexpr):
+    ROWS: gl.constexpr = rings.out.shape[1]
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiling.TILE_N, 16])
+    zeros = gl.zeros([ROWS, tiling.TILE_N], gl.float32, ACCUMULATOR)
+    step = 0
+    for tile in range(gl.program_id(0), tiling.count(), gl.num_programs(0)):
+        first_m, first_n = tiling.origin(tile)
+        acc = multiply(WHO, rings, zeros, step, False)
+        step += 1
+        for _ in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
+            acc = multiply(WHO, rings, acc, step, True)
+            # With this step's product under way, the last one's operands are done with.
+            acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
+            release(rings, step - 1)
+            step += 1
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        release(rings, step - 1)
+        finish(acc, first_m + WHO * ROWS, first_n, result, rings.out.index(WHO), tiling, PARTS, OUT_BY_TMA)
+    if OUT_BY_TMA:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def multiply(WHO: gl.constexpr, rings, acc, step, ADD: gl.constexpr):
+    """Begins acc + x @ weight.T for one consumer's rows of one step; without ADD, x @ weight.T."""
+    ROWS: gl.constexpr = rings.out.shape[1]
+    stage, parity = stage_of(step, rings.full)
+    x_stage, _ = stage_of(step, rings.empty)
+    mbarrier.wait(rings.full.index(stage), parity)
+    x = rings.x.index(x_stage).slice(WHO * ROWS, ROWS, 0)
+    return warpgroup_mma(x, rings.weight.index(stage).permute((1, 0)), acc, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
+def release(rings, step):
+    stage, _ = stage_of(step, rings.empty)
+    mbarrier.arrive(rings.empty.index(stage))
+
+
+@gluon.jit
+def finish(acc, first_m, first_n, result, buffer, tiling, PARTS: gl.constexpr, OUT_BY_TMA: gl.constexpr):
+    """Scales, shifts, activates and stores one consumer's rows of a tile, PARTS column blocks one after another."""
+    out, stride_om, scale_ptr, shift_ptr = result
+    ROWS: gl.constexpr = buffer.shape[0]
+    COLUMNS: gl.constexpr = buffer.shape[1]
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    parts = column_parts(acc, PARTS)
+    for part in gl.static_range(PARTS):
+        first = first_n + part * COLUMNS
+        columns = gl.minimum(first + gl.arange(0, COLUMNS, gl.SliceLayout(0, PART)), tiling.N - 1)
+        scale = gl.expand_dims(gl.load(scale_ptr + columns), 0)
+        shift = gl.expand_dims(gl.load(shift_ptr + columns), 0)
+        y = relu_gelu(parts[part] * scale + shift).to(buffer.dtype)
+        if OUT_BY_TMA:
+            tma.store_wait(0)
+            buffer.store(y)
+            fence_async_shared()
+            tma.async_store(out, [first_m, first], buffer)
+        else:
+            # Through shared memory all the same, so that a warp stores 32 neighbours of a row.
+            buffer.store(y)
+            m = first_m + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
+            n = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, LINES))
+            inside = gl.expand_dims(m < tiling.M, 1) & gl.expand_dims(n < tiling.N, 0)
+            line = gl.expand_dims(m.to(gl.int64) * stride_om, 1)
+            gl.store(out + line + gl.expand_dims(n, 0), buffer.load(LINES), mask=inside)
+
+
+@gluon.jit
+def column_parts(acc, PARTS: gl.constexpr):
+    """acc's columns as PARTS (a power of 2) tensors of equal width, left to right, each laid out as acc is."""
+    if PARTS == 1:
+        return (acc,)
+    else:
+        ROWS: gl.constexpr = acc.shape[0]
+        HALF: gl.constexpr = acc.shape[1] // 2
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+        left, right = acc.reshape([ROWS, 2, HALF]).permute(0, 2, 1).split()
+        left = gl.convert_layout(left, LAYOUT, assert_trivial=True)
+        right = gl.convert_layout(right, LAYOUT, assert_trivial=True)
+        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)

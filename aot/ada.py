@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from aot import kernels
-from aot.kernels import relu_gelu, symbol, tile_position
+from aot.kernels import column_parts, relu_gelu, symbol, tile_position
 
 FP16_CHUNK = gl.constexpr(kernels.FP16_CHUNK)
 
@@ -146,7 +146,7 @@ def lbg_fused_async(
 
     # Each part is finished and stored before the next is begun.
     acc = in_result_order(acc, WARPS_N, PAIRS)
-    parts = column_parts(acc, EPILOGUE_PARTS)
+    parts = column_parts(acc, TILE_M, TILE_N, EPILOGUE_PARTS)
     for part in gl.static_range(EPILOGUE_PARTS):
         first_n = tile_n * TILE_N + part * (TILE_N // EPILOGUE_PARTS)
         store(parts[part], scale_ptr, shift_ptr, out_ptr, tile_m * TILE_M, first_n, M, N, stride_om, RAGGED)
@@ -211,17 +211,6 @@ def in_result_order(acc, WARPS_N: gl.constexpr, PAIRS: gl.constexpr):
     TILE_N: gl.constexpr = acc.shape[1]
     acc = acc.reshape((TILE_M, TILE_N // (8 * WARPS_N * PAIRS), PAIRS, WARPS_N, 4, 2))
     return acc.permute((0, 1, 3, 4, 2, 5)).reshape((TILE_M, TILE_N))
-
-
-@gluon.jit
-def column_parts(acc, PARTS: gl.constexpr):
-    """acc's columns as PARTS (a power of 2) tensors of equal width, left to right."""
-    if PARTS == 1:
-        return (acc,)
-    else:
-        halves = acc.reshape((acc.shape[0], 2, acc.shape[1] // 2)).permute((0, 2, 1))
-        left, right = halves.split()
-        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
 
 
 @gluon.jit

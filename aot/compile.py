@@ -29,6 +29,9 @@ PTX_VERSION = 88
 # Of the cycles that a main loop's matrix instructions take, on sm_89: issue slots of all its other instructions.
 MOST_OTHER_SLOTS = 0.5
 
+# Beside kernels.py, whose functions they all share.
+SOURCES: dict[str, tuple[str, ...]] = {"tile": (), "async": ("ada.py",), "ring": ("hopper.py",), "ws": ("hopper.py",)}
+
 TRITON_TYPES = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
 POINTERS = ("x_ptr", "weight_ptr", "scale_ptr", "shift_ptr", "out_ptr")
 SIZES = ("M", "N", "K")
@@ -420,7 +423,8 @@ def cache_key(config: Config, cubin_arch: int) -> str:
     import triton
 
     here = Path(__file__).parent
-    sources = "".join(here.joinpath(name).read_text() for name in ("kernels.py", "ada.py", "hopper.py", "compile.py"))
+    names = ("compile.py", "kernels.py", *SOURCES[config.kernel])
+    sources = "".join(here.joinpath(name).read_text() for name in names)
     chips = repr((CHIPS[config.arch], CHIPS[cubin_arch]))
     text = "\n".join((triton.__version__, sources, chips, json.dumps(asdict(config)), str(cubin_arch)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -100,6 +100,7 @@ def edges() -> Iterator[Row]:
     for k in (0, 16, 32, 48, 64, 112):
         yield run(Case(17, 40, k, out=F32), aligned=True)
         yield run(Case(17, 40, k, out=F32, fp16_accumulate=True), tile=CHUNK_TILE, aligned=True)
+        yield run(Case(17, 41, k), aligned=True)  # aligned loads, a result that is not
 
 
 def walks() -> Iterator[Row]:

@@ -197,9 +197,9 @@ def page(report: Report, stem: str) -> str:
         "Against the best peer": f"Peers: {peers}.\n\n{main_table(report)}\n\n![times by shape]({stem}-shapes.png)",
         f"M up to {SMALL_M}": small_rows(report),
         "Ragged sizes": ragged(report),
-        "fp16_accumulate": report.accumulation and "Relative error in norm against float64, M=512, N=1024, float32 results; for cuBLAS, of its "
-        "product in float32 or, with allow_fp16_accumulation, in float16, the epilogue computed in float64."
-        f"\n\n{accumulation(report)}",
+        "fp16_accumulate": report.accumulation and "Relative error in norm against float64, M=512, N=1024, float32 "
+        "results; for cuBLAS, of its product in float32 or, with allow_fp16_accumulation, in float16, the epilogue "
+        f"computed in float64.\n\n{accumulation(report)}",
         "Cold start and the host": report.host_us and markdown(["first result of a process", "ms"], single.items())
         + "\n\n"
         + markdown(["one call on the host", "us"], host.items())

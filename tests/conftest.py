@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,15 @@ def wheel(root: Path) -> Path:
     if not found:
         pytest.fail(f"dist/ holds no wheel of lbg {version}: run python3 build.py first")
     return found[-1]
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Ends this process without the interpreter's teardown, where triton's bindings list what they still hold."""
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exitstatus)
+
+    if "triton" in sys.modules:
+        atexit.register(end)

@@ -103,10 +103,7 @@ def lbg_fused_async(
     acc = gl.zeros((TILE_M, TILE_N), gl.float32, mma)
 
     for stage in gl.static_range(AHEAD):
-        if not X32:
-            copy(x_ring.index(stage), x_ptrs, offs_k, stage * TILE_K, x_end)
-        copy(w_ring.index(stage), w_ptrs, offs_k, stage * TILE_K, K)
-        async_copy.commit_group()
+        copy_step(x_ring, w_ring, stage, x_ptrs, w_ptrs, offs_k, stage * TILE_K, x_end, K, X32)
     x_next = 0
     if X32:
         # float32 rows pass through registers, one step ahead, and are rounded on their way to shared memory.
@@ -123,20 +120,15 @@ def lbg_fused_async(
             x_tile = x_ring.index(step % X_STAGES)
             w_tile = w_ring.index(step % STAGES)
             k = (step + AHEAD) * TILE_K
+            slot = (step + AHEAD) % STAGES
             if FP16_ACCUMULATE:
-                if not X32:
-                    copy(x_ring.index((step + AHEAD) % STAGES), x_now, offs_k, k, x_left)
-                copy(w_ring.index((step + AHEAD) % STAGES), w_now, offs_k, k, left)
-                async_copy.commit_group()
+                copy_step(x_ring, w_ring, slot, x_now, w_now, offs_k, k, x_left, left, X32)
                 acc = add_chunks(x_tile, w_tile, acc, TILE_K, TILE_N, mma)
             else:
                 # The first loads go before the copies, which take longer to issue and whose results are not awaited.
                 x = x_operand(x_tile, 0, UNIT_K, mma)
                 w = w_operand(w_tile, 0, UNIT_K, mma)
-                if not X32:
-                    copy(x_ring.index((step + AHEAD) % STAGES), x_now, offs_k, k, x_left)
-                copy(w_ring.index((step + AHEAD) % STAGES), w_now, offs_k, k, left)
-                async_copy.commit_group()
+                copy_step(x_ring, w_ring, slot, x_now, w_now, offs_k, k, x_left, left, X32)
                 acc = add_products(x_tile, w_tile, acc, x, w, TILE_K, UNIT_K, mma)
             if X32:
                 x_ring.index((step + 1) % 2).store(x_next.to(dtype))
@@ -153,8 +145,12 @@ def lbg_fused_async(
 
 
 @gluon.jit
-def copy(buffer, ptrs, offs_k, k, end):
-    async_copy.async_load(buffer, ptrs + k, mask=offs_k + k < end)
+def copy_step(x_ring, w_ring, stage, x_ptrs, w_ptrs, offs_k, k, x_end, w_end, X32: gl.constexpr):
+    """Begins to copy one step's operands into a stage of their rings; a float32 x goes another way."""
+    if not X32:
+        async_copy.async_load(x_ring.index(stage), x_ptrs + k, mask=offs_k + k < x_end)
+    async_copy.async_load(w_ring.index(stage), w_ptrs + k, mask=offs_k + k < w_end)
+    async_copy.commit_group()
 
 
 @gluon.jit

@@ -51,7 +51,6 @@ class Report:
     compiled_arch: int  # the PTX's
     tile: str
     warps: int
-    threads: int  # a CTA
     stages: int
     registers: int
     spill_bytes: int
@@ -159,7 +158,12 @@ def tma_signature(
         layout = gl.NVMMASharedLayout.get_default_for([rows, columns], elements[dtype])
         return f"tensordesc<{TRITON_TYPES[dtype]}[{rows},{columns}],{layout!r}>"
 
-    ws, out_pointer = config.kernel == "ws", "*" + TRITON_TYPES[config.out]
+    ws = config.kernel == "ws"
+    out, out_type = "out_ptr", "*" + TRITON_TYPES[config.out]
+    if ws:
+        out = "out"
+        if config.out_aligned:  # a part of a consumer's rows
+            out_type = tensor_map(config.out, config.tile_m // 2, config.tile_n // config.epilogue_parts)
     types = {
         # The ring kernel loads an operand 128 bytes wide, a swizzle's width.
         "x": tensor_map(config.x, config.tile_m if ws else config.x_box,
@@ -167,7 +171,7 @@ def tma_signature(
         "weight": tensor_map(config.weight, config.tile_n, config.tile_k if ws else 64),
         "scale_ptr": "*fp32",
         "shift_ptr": "*fp32",
-        "out_ptr": out_pointer,
+        out: out_type,
         **dict.fromkeys(SIZES, "i32"),
         "stride_om": "i64",
     }  # fmt: skip
@@ -178,9 +182,6 @@ def tma_signature(
         "STAGES": config.stages,
     }
     if ws:
-        part = (config.tile_m // 2, config.tile_n // config.epilogue_parts)  # of a consumer's rows
-        out = tensor_map(config.out, *part) if config.out_aligned else out_pointer
-        types = {("out" if name == "out_ptr" else name): out if name == "out_ptr" else t for name, t in types.items()}
         constants |= {"GROUP_M": config.group_m, "EPILOGUE_PARTS": config.epilogue_parts}
         constants |= {"OUT_DTYPE": elements[config.out], "OUT_BY_TMA": config.out_aligned}
     else:
@@ -195,7 +196,6 @@ class Compiled:
 
     ir: str  # the first stage that shows its loops
     ptx: str
-    threads: int  # of a CTA
     shared_bytes: int
     boxes: dict[str, tuple[int, int, int]]  # Artifact's
 
@@ -233,10 +233,10 @@ def to_ptx(config: Config) -> Compiled:
     maps = [name for name, kind in types.items() if kind.startswith("tensordesc")]
     boxes = {name: (*meta["block_size"], meta["swizzle"]) for name, meta in zip(maps, metadata.tensordesc_meta or ())}
     ptx = compiled.asm["ptx"]
-    if not (threads := re.search(r"\.reqntid (\d+)", ptx)):
-        raise BuildError(f"{config.symbol}: the PTX does not say how many threads a CTA has")
+    if not re.search(rf"\.reqntid {config.warps * 32}\b", ptx):
+        raise BuildError(f"{config.symbol}: its CTAs are not of {config.warps} warps, those that load among them")
     ir = compiled.asm["ttir" if config.kernel == "tile" else "ttgir"]
-    return Compiled(ir, ptx, int(threads[1]), metadata.shared, boxes)
+    return Compiled(ir, ptx, metadata.shared, boxes)
 
 
 def assemble(ptx: str, arch: int, cubin: Path) -> tuple[int, int, int]:
@@ -365,8 +365,9 @@ def check_main_loop(config: Config, report: Report, name: str) -> None:
     steps, rest = divmod(products, config.tile_m * config.tile_n * config.tile_k)
     if rest or not 1 <= steps <= 2 * config.stages:
         raise BuildError(f"{name}: {report.loop_mma} matrix instructions a warp are not those of whole K steps")
-    rates = CHIPS[89].mma_cycles_fp16 if config.fp16_accumulate else CHIPS[89].mma_cycles
-    share = (report.loop_instructions - report.loop_mma) / (report.loop_mma * rates)
+    chip = CHIPS[config.arch]
+    cycles = report.loop_mma * (chip.mma_cycles_fp16 if config.fp16_accumulate else chip.mma_cycles)
+    share = (report.loop_instructions - report.loop_mma) / cycles
     if config.tile_m >= 64 and share > MOST_OTHER_SLOTS:  # fewer rows wait for the weight
         raise BuildError(
             f"{name}: the other instructions of the main loop take {share:.0%} of the matrix instructions' "
@@ -393,7 +394,6 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         compiled_arch=config.arch,
         tile=config.tile,
         warps=config.warps,
-        threads=compiled.threads,
         stages=config.stages,
         registers=registers,
         spill_bytes=spill,

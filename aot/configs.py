@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from aot import BuildError
@@ -97,14 +97,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Tile:
-    """A Config but for its class and what it relies on."""
+    """A Config but for its class and what it relies on, field by field."""
 
-    m: int
-    n: int
-    k: int
+    tile_m: int
+    tile_n: int
+    tile_k: int
     warps: int
     stages: int
-    parts: int = 1
+    epilogue_parts: int = 1
     kernel: str = "tile"
     x_box: int = 0
     warps_m: int = 0
@@ -167,32 +167,32 @@ ADA_ANY_OUT = {
 
 
 def hopper(x_bytes: int, out_bytes: int) -> tuple[Tile, ...]:
-    """What is shipped for sm_90, for x and a result of elements so wide. Times are medians on one H200, float16 unless
-    they say else, cuBLAS's bare product of the same run in brackets; short ones by graph replay with a cold L2."""
+    """What is shipped for sm_90. Times in us are medians on one H200, float16: those with cuBLAS's bare product in
+    brackets of one benchmark run, N=K=4096 (docs/benchmarks); those against the next best kernel of one run of
+    tests.bench.fit, M x N x K."""
     parts = out_bytes  # keeps the buffers of a 256-wide tile's result at 16 KB a consumer
     if x_bytes == 4:
         return (
-            # M=16384, N=K=4096: 1.20 ms, against 1.31 of a tile kernel that rounds in its loop [0.78]
-            ws(128, 256, 64, 3, parts),
-            ring(64, 128, 64, 8, 6, 64),
+            ws(128, 256, 64, 3, parts),  # M=16384, float32 result: 1158 [862 with the cast]
+            ring(64, 128, 64, 8, 6, 64),  # M=256: 28.8 [20.2]
             ring(64, 64, 64, 8, 8, 64),
-            ring(64, 32, 128, 8, 5, 16),
+            ring(64, 32, 128, 8, 5, 16),  # M=64: 19.5 [13.9]; M=16: 19.0 [15.3]
         )
     return (
-        # M=16384, N=K=4096: 0.848 ms [0.850], float32 result 0.884; M=4096: 0.218 [0.228]. The widest accumulator that
-        # two consumers hold, as many stages as fit beside the result's buffers.
-        ws(128, 256, 64, 4, parts),
-        ws(128, 128, 64, 6, out_bytes // 2),  # where wide tiles leave SMs idle; 2048x3072x768: 21.7 us [16.7]
-        ring(128, 128, 64, 12, 6 if out_bytes == 2 else 5, 128),  # N=K=4096, M=512: 27.9 us [26.9]
-        ring(64, 128, 64, 8, 8, 64),  # M=256: 16.3 us [18.4]; M=192: 15.8 [17.3]
-        ring(64, 64, 128, 8, 6, 64),  # M=128: 12.9 us [14.4]; M=100: 12.6 [13.1]
-        ring(64, 32, 128, 8, 8, 64),  # M=64: 12.1 us [12.0]
-        ring(64, 128, 64, 8, 8, 16),  # N=11008, M=16: 25.7 us [26.7]; M=1: 25.7 [25.8]
-        ring(64, 32, 128, 8, 8, 16),  # M=16: 11.4 us [13.4]; M=1: 12.1 [13.6]; M=48: 12.1 [14.5]
+        # The widest accumulator that two consumers hold, as many stages as fit beside the result's buffers.
+        ws(128, 256, 64, 4, parts),  # M=16384: 803 [771], float32 result 824; M=4096: 194 [181]; M=1024: 50.9 [47.0]
+        ws(128, 128, 64, 6, out_bytes // 2),  # 3149x2632x344: 24.0 against 28.7; 2074x6304x72: 23.6 against 27.0
+        ring(128, 128, 64, 12, 6 if out_bytes == 2 else 5, 128),  # 696x6664x11248: 195 against 236
+        ring(64, 128, 64, 8, 8, 64),  # M=256: 15.6 [17.8]; 256x4096x4096: 15.6 against 22.2
+        ring(64, 64, 128, 8, 6, 64),  # 1099x224x12096: 22.2 against 26.5
+        ring(64, 32, 128, 8, 8, 64),  # M=64: 11.8 [12.0]; 64x4096x4096: 11.7 against 12.2
+        ring(64, 128, 64, 8, 8, 16),  # 3x9400x1080: 9.3 against 11.0
+        ring(64, 32, 128, 8, 8, 16),  # 16x4096x4096: 11.4 against 14.8; 1x4096x4096: 11.6 against 14.6
     )
 
 
-# M=4097, N=4095, K=4088: the first took 0.263 ms, of the aligned 4096x4096x4096's 0.205 in the same run [1.36].
+# An earlier form of the first took 263 us at 4097x4095x4088, where the aligned 4096x4096x4096 took 205 and cuBLAS's
+# product 1361 for the ragged one; the first itself takes 2.6 % longer than its aligned twin at M=16384, N=K=4096.
 def hopper_any_out(x_bytes: int, out_bytes: int) -> tuple[Tile, ...]:
     return hopper(x_bytes, out_bytes)[0], ring(64, 64, 64, 8, 8, 64)
 
@@ -216,8 +216,7 @@ def configs() -> Iterator[Config]:
                     fast, any_out = ADA[kind], ADA_ANY_OUT[kind]
                 promises = [(True, True)] * len(fast) + [(True, False)] * len(any_out) + [(False, False)]
                 for tile, (aligned, out_aligned) in zip((*fast, *any_out, GENERIC[mode]), promises):
-                    sizes, how = astuple(tile)[:6], astuple(tile)[6:]
-                    yield Config(arch, x, weight, out, mode, aligned, *sizes, 8, *how, out_aligned=out_aligned)
+                    yield Config(arch, x, weight, out, mode, aligned, **asdict(tile), out_aligned=out_aligned)
 
 
 CONFIGS = tuple(configs())

@@ -61,7 +61,7 @@ def launcher(index: int, artifact: Artifact) -> str:
         index=index,
         locals="\n  ".join(local(argument, artifact) for argument in arguments),
         params=", ".join(parameters(argument, artifact) for argument in arguments),
-        block=artifact.report.threads,
+        block=artifact.config.warps * 32,
         shared=artifact.report.shared_bytes,
     )
 

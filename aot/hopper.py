@@ -30,11 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from aot import kernels
-
-relu_gelu = gluon.jit(kernels.relu_gelu.fn)
-tile_position = gluon.jit(kernels.tile_position.fn)
-
+from aot.kernels import column_parts, relu_gelu, symbol, tile_position
 
 # ---- few rows
 
@@ -42,7 +38,7 @@ tile_position = gluon.jit(kernels.tile_position.fn)
 READ_ONCE = gl.constexpr(CachePolicy(l2=FractionalEvictionPolicy("evict_first", 1.0)))
 
 
-@gluon.jit(repr=kernels.symbol)
+@gluon.jit(repr=symbol)
 def lbg_fused_ring(
     x,
     weight,
@@ -242,7 +238,7 @@ def stage_of(step, ring):
     return step % ring.shape[0], step // ring.shape[0] & 1
 
 
-@gluon.jit(repr=kernels.symbol)
+@gluon.jit(repr=symbol)
 def lbg_fused_ws(
     x,
     weight,
@@ -419,13 +415,14 @@ def finish(acc, first_m, first_n, result, buffer, tiling, PARTS: gl.constexpr, O
     COLUMNS: gl.constexpr = buffer.shape[1]
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    parts = column_parts(acc, PARTS)
+    parts = column_parts(acc, ROWS, COLUMNS * PARTS, PARTS)
     for part in gl.static_range(PARTS):
         first = first_n + part * COLUMNS
+        acc_part = gl.convert_layout(parts[part], PART, assert_trivial=True)
         columns = gl.minimum(first + gl.arange(0, COLUMNS, gl.SliceLayout(0, PART)), tiling.N - 1)
         scale = gl.expand_dims(gl.load(scale_ptr + columns), 0)
         shift = gl.expand_dims(gl.load(shift_ptr + columns), 0)
-        y = relu_gelu(parts[part] * scale + shift).to(buffer.dtype)
+        y = relu_gelu(acc_part * scale + shift).to(buffer.dtype)
         if OUT_BY_TMA:
             tma.store_wait(0)
             buffer.store(y)
@@ -439,18 +436,3 @@ def finish(acc, first_m, first_n, result, buffer, tiling, PARTS: gl.constexpr, O
             inside = gl.expand_dims(m < tiling.M, 1) & gl.expand_dims(n < tiling.N, 0)
             line = gl.expand_dims(m.to(gl.int64) * stride_om, 1)
             gl.store(out + line + gl.expand_dims(n, 0), buffer.load(LINES), mask=inside)
-
-
-@gluon.jit
-def column_parts(acc, PARTS: gl.constexpr):
-    """acc's columns as PARTS (a power of 2) tensors of equal width, left to right, each laid out as acc is."""
-    if PARTS == 1:
-        return (acc,)
-    else:
-        ROWS: gl.constexpr = acc.shape[0]
-        HALF: gl.constexpr = acc.shape[1] // 2
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-        left, right = acc.reshape([ROWS, 2, HALF]).permute(0, 2, 1).split()
-        left = gl.convert_layout(left, LAYOUT, assert_trivial=True)
-        right = gl.convert_layout(right, LAYOUT, assert_trivial=True)
-        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)

@@ -1,4 +1,4 @@
-"""The kernel family: one Triton function, compiled for every row of configs.py that aot/hopper.py does not serve.
+"""The kernel family: one Triton function, compiled for every row of configs.py that is none of ada.py's or hopper.py's.
 
     y[m, n] = relu(gelu((sum_k x[m, k] * weight[n, k]) * scale[n] + shift[n]))
 

@@ -17,9 +17,6 @@ from lbg._ops import extension
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # csrc/lbg.h, DType
 
 
-OTHER_MODE = "other accumulation mode"  # csrc/dispatch.cpp's reason
-
-
 @dataclass(frozen=True)
 class Config:
     """One shipped kernel. Sizes in elements unless they say bytes; dtypes by PyTorch's names."""
@@ -164,12 +161,13 @@ def explain(
         arch,
         sm_count,
     )
-    wanted = (_checks.name(x.dtype), _checks.name(weight.dtype), _checks.name(result))
+    # An arch without kernels of its own for fp16_accumulate serves it with those of the other mode.
+    mode = fp16_accumulate and any(config.fp16_accumulate for config in configs() if config.arch == arch)
+    wanted = (_checks.name(x.dtype), _checks.name(weight.dtype), _checks.name(result), mode)
     chosen: Config | None = None
     candidates: list[Candidate] = []
     for config, (predicted_us, why_not, is_chosen) in zip(configs(), json.loads(text)):
-        # On an arch without kernels of its own for fp16_accumulate, those of the other mode are candidates.
-        if config.arch != arch or (config.x, config.weight, config.out) != wanted or why_not == OTHER_MODE:
+        if config.arch != arch or (config.x, config.weight, config.out, config.fp16_accumulate) != wanted:
             continue
         candidates.append(Candidate(config, predicted_us, why_not))
         if is_chosen:

@@ -7,11 +7,15 @@ its way as shared memory holds.
 
 lbg_fused_ws is for many: one CTA an SM walks the tiles. One warp asks for operands, several K steps ahead; two
 warpgroups multiply half of a tile's rows each, and then finish and store that half while the next tile's operands are
-on their way. A float32 x is loaded by a third warpgroup instead, which rounds it to weight's dtype from one ring of
-buffers in shared memory into another.
+on their way.
 
-    16-bit x     TMA ---> x, weight ---> wgmma            float32 x    TMA ---> wide ---round--> x ---> wgmma
-                                                                       TMA -----------------> weight
+Either rounds a float32 x on its way from shared memory to wgmma, which takes that operand from registers: a consumer
+reads the next step's x while this step's is multiplied. Written back to shared memory instead, it would be moved twice
+more there, and an SM's 128 bytes a cycle are what the many-rows kernel is bound by: of each 128x256x64 step's 1024
+cycles of wgmma, 16-bit operands take 128 KB, a float32 x 160, one that is rounded in shared memory 192.
+
+    16-bit x     TMA ---> x, weight ---> wgmma            float32 x    TMA ---> x ---round, registers---> wgmma
+                                                                       TMA ---> weight -----------------> wgmma
 
 A ring's barriers are `full`, which loaders arrive at and consumers wait for, and `empty`, the other way round. Products
 are added as in aot/kernels.py, K ascending, 16 at a time: the bits are the same.
@@ -145,37 +149,14 @@ def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, st
     """Multiplies what the ring brings, finishes the tile and stores it."""
     TILE_M: gl.constexpr = ring.x.shape[1]
     TILE_N: gl.constexpr = ring.weight.shape[1]
-    X_K: gl.constexpr = ring.x.shape[2]
-    WEIGHT_K: gl.constexpr = ring.weight.shape[2]
-    X_PARTS: gl.constexpr = ring.TILE_K // X_K
-    WEIGHT_PARTS: gl.constexpr = ring.TILE_K // WEIGHT_K
-    IN_FLIGHT: gl.constexpr = X_PARTS if X_K == WEIGHT_K else 0
     WARPS: gl.constexpr = gl.num_warps()
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE_N, 16])
     # Read before the loop: at its end, nothing would hide that they come from DRAM.
     cols = gl.minimum(first_n + gl.arange(0, TILE_N, gl.SliceLayout(0, ACC)), N - 1)
     scale = gl.expand_dims(gl.load(scale_ptr + cols), 0)
     shift = gl.expand_dims(gl.load(shift_ptr + cols), 0)
-    acc = warpgroup_mma_init(gl.zeros([TILE_M, TILE_N], gl.float32, ACC))
-    stage = 0
-    phase = 0
-    last = 0
-    for k in range(0, K, ring.TILE_K):
-        mbarrier.wait(ring.full.index(stage), phase)
-        for part in gl.static_range(X_PARTS):
-            x = ring.x.index(stage * X_PARTS + part)
-            weight = ring.weight.index(stage * WEIGHT_PARTS + part * X_K // WEIGHT_K)
-            if X_K != WEIGHT_K:  # float32: rounded on its way through registers; half as many to a part
-                x = x.load(gl.DotOperandLayout(0, ACC, 2)).to(weight.dtype)
-                weight = weight.slice(part * X_K % WEIGHT_K, X_K, dim=1)
-            acc = warpgroup_mma(x, weight.permute((1, 0)), acc, is_async=True)
-        # This slot's products stay in flight, unless the next slot's x would overwrite registers that they read; the
-        # slot before is done with.
-        acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=IN_FLIGHT, deps=(acc,)))
-        mbarrier.arrive(ring.empty.index(last), pred=k > 0)
-        last = stage
-        stage, phase = ring.next(stage, phase)
-    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    zeros = gl.zeros([TILE_M, TILE_N], gl.float32, ACC)
+    acc = products(ring, zeros, K) if ring.x.dtype == ring.weight.dtype else rounded_products(ring, zeros, K)
 
     # Through shared memory to a layout in which a thread stores 16 bytes, or a warp neighbours.
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth if OUT_ALIGNED else 1
@@ -190,6 +171,73 @@ def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, st
         first_n = gl.multiple_of(first_n, 8)
     cols = gl.expand_dims(first_n + gl.arange(0, TILE_N, gl.SliceLayout(0, STORE)), 0)
     gl.store(out_ptr + rows.to(gl.int64) * stride_om + cols, y, mask=stored & (cols < N))
+
+
+@gluon.jit
+def products(ring, zeros, K):
+    """x @ weight.T of what the ring brings."""
+    PARTS: gl.constexpr = ring.TILE_K // ring.x.shape[2]
+    acc = warpgroup_mma_init(zeros)
+    stage = 0
+    phase = 0
+    last = 0
+    for k in range(0, K, ring.TILE_K):
+        mbarrier.wait(ring.full.index(stage), phase)
+        for part in gl.static_range(PARTS):
+            weight = ring.weight.index(stage * PARTS + part)
+            acc = warpgroup_mma(ring.x.index(stage * PARTS + part), weight.permute((1, 0)), acc, is_async=True)
+        # This slot's products stay in flight; the slot before is done with.
+        acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=PARTS, deps=(acc,)))
+        mbarrier.arrive(ring.empty.index(last), pred=k > 0)
+        last = stage
+        stage, phase = ring.next(stage, phase)
+    return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+
+
+@gluon.jit
+def rounded_products(ring, zeros, K):
+    """The same of a float32 x, of which a slot has twice as many parts as of the weight."""
+    acc = zeros
+    stage = 0
+    phase = 0
+    mbarrier.wait(ring.full.index(0), 0)
+    x = rounded_parts(ring, 0, zeros.type.layout, 0)
+    for _ in range(ring.TILE_K, K, ring.TILE_K):
+        acc = multiply_parts(x, ring, stage, acc)
+        next_stage, next_phase = ring.next(stage, phase)
+        mbarrier.wait(ring.full.index(next_stage), next_phase)
+        next_x = rounded_parts(ring, next_stage, zeros.type.layout, 0)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(ring.empty.index(stage))
+        x = next_x
+        stage = next_stage
+        phase = next_phase
+    acc = multiply_parts(x, ring, stage, acc)
+    return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+
+
+@gluon.jit
+def rounded_parts(ring, stage, ACC: gl.constexpr, FIRST: gl.constexpr):
+    """A slot's x from part FIRST on, in weight's dtype, as wgmma takes it from registers: a tensor a part."""
+    PARTS: gl.constexpr = ring.TILE_K // ring.x.shape[2]
+    if FIRST == PARTS:
+        return ()
+    else:
+        x = ring.x.index(stage * PARTS + FIRST).load(gl.DotOperandLayout(0, ACC, 2)).to(ring.weight.dtype)
+        return (x,) + rounded_parts(ring, stage, ACC, FIRST + 1)
+
+
+@gluon.jit
+def multiply_parts(x, ring, stage, acc):
+    """Begins acc + x @ weight.T of one slot."""
+    X_K: gl.constexpr = ring.x.shape[2]
+    WEIGHT_K: gl.constexpr = ring.weight.shape[2]
+    WEIGHT_PARTS: gl.constexpr = ring.TILE_K // WEIGHT_K
+    for part in gl.static_range(ring.TILE_K // X_K):
+        weight = ring.weight.index(stage * WEIGHT_PARTS + part * X_K // WEIGHT_K)
+        weight = weight.slice(part * X_K % WEIGHT_K, X_K, dim=1)
+        acc = warpgroup_mma(x[part], weight.permute((1, 0)), acc, is_async=True)
+    return acc
 
 
 # ---- many rows
@@ -223,13 +271,16 @@ class Tiling:
 
 @gluon.aggregate
 class Rings:
-    """Buffers in shared memory, each ring with its stages first; x's and weight's may differ in length."""
+    """Buffers in shared memory, STAGES of each operand. A float32 x has barriers of its own, as it is done with a step
+    before the weight is; a 16-bit x has the weight's."""
 
     x: gl.shared_memory_descriptor
     weight: gl.shared_memory_descriptor
     out: gl.shared_memory_descriptor  # one a consumer
-    full: gl.shared_memory_descriptor  # one a stage of weight
-    empty: gl.shared_memory_descriptor  # one a stage of x
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    x_full: gl.shared_memory_descriptor
+    x_empty: gl.shared_memory_descriptor
 
 
 @gluon.jit
@@ -259,51 +310,40 @@ def lbg_fused_ws(
     OUT_BY_TMA: gl.constexpr,
     SYMBOL: gl.constexpr,
 ):
-    ELEMENT: gl.constexpr = weight.dtype
-    ROUNDS: gl.constexpr = x.dtype != ELEMENT
-    X_STAGES: gl.constexpr = STAGES - 1 if ROUNDS else STAGES
+    ROUNDS: gl.constexpr = x.dtype != weight.dtype
     ROWS: gl.constexpr = TILE_M // 2
     COLUMNS: gl.constexpr = TILE_N // EPILOGUE_PARTS
-    X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_M, TILE_K], ELEMENT)
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], OUT_DTYPE)
     tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, GROUP_M)
-    rings = Rings(
-        gl.allocate_shared_memory(ELEMENT, [X_STAGES, TILE_M, TILE_K], X_LAYOUT),
-        gl.allocate_shared_memory(ELEMENT, [STAGES, TILE_N, TILE_K], weight.layout),
-        gl.allocate_shared_memory(OUT_DTYPE, [2, ROWS, COLUMNS], OUT_LAYOUT),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        mbarrier.allocate_mbarrier(batch=X_STAGES),
-    )
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(rings.full.index(stage), count=2 if ROUNDS else 1)  # the bytes asked for, and x rounded
-    for stage in gl.static_range(X_STAGES):
-        mbarrier.init(rings.empty.index(stage), count=2)  # both consumers
-
-    result = (out, stride_om, scale_ptr, shift_ptr)
+    x_slots = gl.allocate_shared_memory(x.dtype, [STAGES, TILE_M, TILE_K], x.layout)
+    weight_slots = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_N, TILE_K], weight.layout)
+    out_slots = gl.allocate_shared_memory(OUT_DTYPE, [2, ROWS, COLUMNS], OUT_LAYOUT)
+    full, empty = allocate_barriers(STAGES)
+    x_full, x_empty = full, empty
     if ROUNDS:
-        wide = gl.allocate_shared_memory(x.dtype, [2, TILE_M, TILE_K], x.layout)
-        wide_full = mbarrier.allocate_mbarrier(batch=2)
-        for stage in gl.static_range(2):
-            mbarrier.init(wide_full.index(stage), count=1)
-        gl.warp_specialize(
-            [
-                (consume, (0, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
-                (consume, (1, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
-                (load_and_round, (x, weight, wide, wide_full, rings, tiling)),
-            ],
-            worker_num_warps=[4, 4],
-            worker_num_regs=[200, 104],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (0, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
-                (consume, (1, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
-                (load, (x, weight, rings, tiling)),
-            ],
-            worker_num_warps=[4, 1],
-            worker_num_regs=[232, 24],
-        )
+        x_full, x_empty = allocate_barriers(STAGES)
+    rings = Rings(x_slots, weight_slots, out_slots, full, empty, x_full, x_empty)
+    result = (out, stride_om, scale_ptr, shift_ptr)
+    gl.warp_specialize(
+        [
+            (consume, (0, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
+            (consume, (1, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
+            (load_wide if ROUNDS else load, (x, weight, rings, tiling)),
+        ],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[232, 24],
+    )
+
+
+@gluon.jit
+def allocate_barriers(STAGES: gl.constexpr):
+    """(full, empty) of one ring: a loader arrives at full, both consumers at empty."""
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    return full, empty
 
 
 @gluon.jit
@@ -323,48 +363,23 @@ def load(x, weight, rings, tiling):
 
 
 @gluon.jit
-def load_and_round(x, weight, wide, wide_full, rings, tiling):
-    # 16 lanes read a row of 64 float32: no two of a request meet in a bank.
-    LANES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    tiles = tiling.count()
-    tile = gl.program_id(0)
-    first_m, first_n = tiling.origin(tile)
-    ask(x, weight, wide, wide_full, rings, first_m, first_n, 0, 0, tile < tiles)
+def load_wide(x, weight, rings, tiling):
+    """load() of a float32 x."""
     step = 0
-    while tile < tiles:
+    for tile in range(gl.program_id(0), tiling.count(), gl.num_programs(0)):
+        first_m, first_n = tiling.origin(tile)
         for k in range(0, tiling.K, tiling.TILE_K):
-            next_k = k + tiling.TILE_K
-            next_tile = tile
-            if next_k >= tiling.K:
-                next_k = 0
-                next_tile = tile + gl.num_programs(0)
-                first_m, first_n = tiling.origin(next_tile)
-            # Once the consumers have let go of x's buffer, they have of the weight's that the next step takes: that
-            # ring is one longer.
-            x_stage, x_parity = stage_of(step, rings.empty)
-            mbarrier.wait(rings.empty.index(x_stage), x_parity ^ 1)
-            ask(x, weight, wide, wide_full, rings, first_m, first_n, next_k, step + 1, next_tile < tiles)
-            wide_stage, wide_parity = stage_of(step, wide)
-            mbarrier.wait(wide_full.index(wide_stage), wide_parity)
-            rings.x.index(x_stage).store(wide.index(wide_stage).load(LANES).to(weight.dtype))
-            fence_async_shared()
-            stage, _ = stage_of(step, rings.full)
-            mbarrier.arrive(rings.full.index(stage))
+            stage, parity = stage_of(step, rings.full)
+            fill(rings.x, rings.x_full, rings.x_empty, stage, parity, x, first_m, k)
+            fill(rings.weight, rings.full, rings.empty, stage, parity, weight, first_n, k)
             step += 1
-        tile += gl.num_programs(0)
 
 
 @gluon.jit
-def ask(x, weight, wide, wide_full, rings, first_m, first_n, k, step, wanted):
-    """Has the TMA unit load the operands of one step, x as float32, if it is wanted."""
-    stage, _ = stage_of(step, rings.full)
-    full = rings.full.index(stage)
-    mbarrier.expect(full, weight.nbytes_per_cta, pred=wanted)
-    tma.async_load(weight, [first_n, k], full, rings.weight.index(stage), pred=wanted)
-    wide_stage, _ = stage_of(step, wide)
-    arrived = wide_full.index(wide_stage)
-    mbarrier.expect(arrived, x.nbytes_per_cta, pred=wanted)
-    tma.async_load(x, [first_m, k], arrived, wide.index(wide_stage), pred=wanted)
+def fill(slots, full, empty, stage, parity, desc, first, k):
+    mbarrier.wait(empty.index(stage), parity ^ 1)
+    mbarrier.expect(full.index(stage), desc.nbytes_per_cta)
+    tma.async_load(desc, [first, k], full.index(stage), slots.index(stage))
 
 
 @gluon.jit
@@ -375,16 +390,31 @@ def consume(WHO: gl.constexpr, result, rings, tiling, PARTS: gl.constexpr, OUT_B
     step = 0
     for tile in range(gl.program_id(0), tiling.count(), gl.num_programs(0)):
         first_m, first_n = tiling.origin(tile)
-        acc = multiply(WHO, rings, zeros, step, False)
-        step += 1
-        for _ in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
-            acc = multiply(WHO, rings, acc, step, True)
-            # With this step's product under way, the last one's operands are done with.
-            acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
-            release(rings, step - 1)
+        if rings.x.dtype == rings.weight.dtype:
+            acc = multiply(WHO, rings, zeros, step, False)
             step += 1
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        release(rings, step - 1)
+            for _ in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
+                acc = multiply(WHO, rings, acc, step, True)
+                # With this step's product under way, the last one's operands are done with.
+                acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
+                release(rings, step - 1)
+                step += 1
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+            release(rings, step - 1)
+        else:
+            acc = zeros
+            x = rounded(WHO, rings, step, ACCUMULATOR)
+            for k in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
+                acc = multiply_rounded(x, rings, acc, step, k > tiling.TILE_K)
+                next_x = rounded(WHO, rings, step + 1, ACCUMULATOR)
+                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+                release(rings, step)
+                x = next_x
+                step += 1
+            acc = multiply_rounded(x, rings, acc, step, tiling.K > tiling.TILE_K)
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+            release(rings, step)
+            step += 1
         finish(acc, first_m + WHO * ROWS, first_n, result, rings.out.index(WHO), tiling, PARTS, OUT_BY_TMA)
     if OUT_BY_TMA:
         tma.store_wait(0)
@@ -395,10 +425,33 @@ def multiply(WHO: gl.constexpr, rings, acc, step, ADD: gl.constexpr):
     """Begins acc + x @ weight.T for one consumer's rows of one step; without ADD, x @ weight.T."""
     ROWS: gl.constexpr = rings.out.shape[1]
     stage, parity = stage_of(step, rings.full)
-    x_stage, _ = stage_of(step, rings.empty)
     mbarrier.wait(rings.full.index(stage), parity)
-    x = rings.x.index(x_stage).slice(WHO * ROWS, ROWS, 0)
+    x = rings.x.index(stage).slice(WHO * ROWS, ROWS, 0)
     return warpgroup_mma(x, rings.weight.index(stage).permute((1, 0)), acc, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
+def multiply_rounded(x, rings, acc, step, add):
+    """multiply() of an x in registers, whose slot then is free.
+
+    No sooner: an arrival does not wait for loads that are on their way, and what the TMA unit writes does not queue
+    behind them. wgmma does wait for its registers.
+    """
+    stage, parity = stage_of(step, rings.full)
+    mbarrier.wait(rings.full.index(stage), parity)
+    acc = warpgroup_mma(x, rings.weight.index(stage).permute((1, 0)), acc, use_acc=add, is_async=True)
+    mbarrier.arrive(rings.x_empty.index(stage))
+    return acc
+
+
+@gluon.jit
+def rounded(WHO: gl.constexpr, rings, step, ACCUMULATOR: gl.constexpr):
+    """One consumer's rows of a step's x, in weight's dtype, as wgmma takes them from registers."""
+    ROWS: gl.constexpr = rings.out.shape[1]
+    stage, parity = stage_of(step, rings.x_full)
+    mbarrier.wait(rings.x_full.index(stage), parity)
+    x = rings.x.index(stage).slice(WHO * ROWS, ROWS, 0).load(gl.DotOperandLayout(0, ACCUMULATOR, 2))
+    return x.to(rings.weight.dtype)
 
 
 @gluon.jit

@@ -155,7 +155,7 @@ def test_page_has_everything(report: Report) -> None:
 
 
 def test_file_stem(report: Report) -> None:
-    assert bench.file_stem(report) == "nvidia-h200-sm_89-on-sm_90"
+    assert records.file_stem(report.facts) == "nvidia-h200-sm_89-on-sm_90"
 
 
 # ---- records and pictures

@@ -17,9 +17,9 @@ def write_section(path: Path, arch: int, section: str, data: Mapping[str, Any]) 
     Raises:
         BuildError: the file is of another arch.
     """
-    found = json.loads(path.read_text()) if path.exists() else {"arch": arch}
-    if found.get("arch") != arch:
-        raise BuildError(f"{path} holds evidence of sm_{found.get('arch')}; this is of sm_{arch}")
+    found = json.loads(path.read_text()) if path.exists() else {"arch": f"sm_{arch}"}
+    if found.get("arch") != f"sm_{arch}":
+        raise BuildError(f"{path}: evidence of {found.get('arch')}; wanted is that of sm_{arch}")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(found | {section: data}, indent=1) + "\n")
     partial.replace(path)

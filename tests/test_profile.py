@@ -6,9 +6,12 @@ A small program stands in for ncu: it takes ncu's command line and writes what n
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -227,7 +230,7 @@ def test_page_says_what_the_gpu_does_not_have(found: Profile) -> None:
 
 def test_page_of_a_verification_build_claims_nothing_of_ada(found: Profile) -> None:
     page = profile.page(replace(found, facts=found.facts | {"kernels": "sm_89 on sm_90"}))
-    assert "what they do on an Ada GPU is not" in page
+    assert "the PTX of the sm_89 kernels" in page and "what they do on their own GPUs is not" in page
 
 
 # ---- failures in words
@@ -318,11 +321,20 @@ def tell(stand_in: Path, tmp_path: Path) -> Callable[..., list[str]]:
         saying = {"known": sorted(KNOWN - {"lts__throughput", "lts__t_sectors"}), "kernels": [OURS, OURS], "log": None,
                   "manifest": manifest, "stderr": "", "code": 0}  # fmt: skip
         tmp_path.joinpath("told.json").write_text(json.dumps(saying | others))
-        return ["--ncu", str(stand_in), "--out", str(tmp_path / "out"), "--evidence", str(tmp_path / "evidence.json")]
+        return ["--ncu", str(stand_in), "--out", str(tmp_path / "out"), "--evidence", "evidence.json"]
 
     return told
 
 
+@pytest.fixture
+def sections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What would be written into a file of evidence: (file, arch, section, data) each time."""
+    written: list[tuple[object, ...]] = []
+    monkeypatch.setattr(records, "write_section", lambda *arguments: written.append(arguments))
+    return written
+
+
+@pytest.mark.usefixtures("sections")
 def test_a_profile(tell: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert profile.main(tell() + ["--original", "model.py", "--commit", "abc"]) == 0
     said = capsys.readouterr().out
@@ -337,22 +349,24 @@ def test_a_profile(tell: Callable[..., list[str]], tmp_path: Path, capsys: pytes
                          "--shapes", str(BIG), str(SMALL)]  # fmt: skip
 
 
-def test_its_evidence_keeps_other_sections_and_names_no_home(tell: Callable[..., list[str]], tmp_path: Path) -> None:
-    path = tmp_path / "evidence.json"
-    path.write_text(json.dumps({"arch": 90, "tune": {"configs": []}}))
-    assert profile.main(tell()) == 0
-    found = json.loads(path.read_text())
-    assert found["tune"] == {"configs": []} and found["profile"]["facts"]["gpu"] == "NVIDIA H200"
-    assert found["profile"]["skipped"][0]["reason"] == "~/model.py: no"
-    assert '"host"' not in path.read_text()
+def test_evidence_names_no_home(tell: Callable[..., list[str]], sections: list[tuple[object, ...]]) -> None:
+    arguments = tell()
+    assert profile.main(arguments) == 0
+    ((path, arch, section, data),) = sections
+    assert (str(path), arch, section) == (arguments[-1], 90, "profile")
+    assert data["skipped"][0]["reason"] == "~/model.py: no"  # type: ignore[index]
+    assert '"host"' not in json.dumps(data)
 
 
 def test_a_verification_build_is_no_evidence(
-    tell: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tell: Callable[..., list[str]],
+    sections: list[tuple[object, ...]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert profile.main(tell(of="sm_89 on sm_90")) == 1
     assert "these are sm_89's on sm_90" in capsys.readouterr().err
-    assert not tmp_path.joinpath("evidence.json").exists()
+    assert sections == []
     assert tmp_path.joinpath("out", "nvidia-h200-sm_89-on-sm_90-profile.md").exists()
 
 
@@ -407,3 +421,43 @@ def test_a_launch_is_checked_and_warm_before_the_profiler_starts(monkeypatch: py
 
     assert launches.launch(peer, Stub()) == Launch(SMALL, "lbg float16", "float16", "float16", OURS, "", 2e-4)  # type: ignore[arg-type]
     assert order == ["call", "check", "start", "call", "stop"]
+
+
+def test_a_launch_of_the_original_names_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.bench import launches, original
+
+    kernel = object.__new__(original.Kernel)
+    kernel.facts = original.Image(THEIRS, 90, 90, 64, 64, 32, 4, 4, 0, 2, "3.9.0")
+    monkeypatch.setattr(original, "fused", lambda kernel, x: torch.zeros(1))
+    for name in ("start", "stop"):
+        monkeypatch.setattr(launches.profiler, name, lambda: None)
+    monkeypatch.setattr(launches.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(launches, "check", lambda peer, inputs, result: 1e-6)
+    subject = peers.Subject([partial(original.fused, kernel, None)])
+    peer = peers.Peer("original kernel", records.PEER, torch.float16, torch.float32, make=lambda inputs: subject)
+
+    class Stub:
+        shape = BIG
+
+    found = launches.launch(peer, Stub())  # type: ignore[arg-type]
+    assert (found.kernel, found.config) == (THEIRS, "64x64x32 w4 s4, triton 3.9.0")
+
+
+# ---- the commands that the guide gives
+
+
+def test_build_py_says_what_is_missing_before_it_builds(root: Path) -> None:
+    pytest.importorskip("triton", reason="needs the build's environment", exc_type=ImportError)
+    command = [sys.executable, root / "build.py", "profile", "--ncu", "/no/ncu", "--original", "model.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "build.py: --ncu /no/ncu is no program\n"
+
+
+def test_the_guides_options_are_there(root: Path) -> None:
+    guide = root.joinpath("docs", "rtx-4090.md").read_text()
+    for module in ("tests.bench", "tests.bench.profile"):
+        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=root)
+        for line in guide.splitlines():
+            if line.startswith("    ") and f"-m {module} " in line:
+                assert set(re.findall(r"--\w+", line)) <= set(re.findall(r"--\w+", done.stdout)), line
+        assert "--original" in done.stdout and f"-m {module} " in guide

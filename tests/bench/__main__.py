@@ -233,8 +233,6 @@ def main() -> None:
     report.write(options.out / f"{stem}.json")
     if options.json:
         report.write(options.json)
-    if options.evidence:
-        write_evidence(options.evidence, "benchmark", asdict(report))
     options.out.joinpath(f"{stem}.md").write_text(tables.page(report, stem))
     print(tables.main_table(report))
     print(tables.skipped(report))
@@ -246,6 +244,9 @@ def main() -> None:
         for path in plots.draw(report, options.out / stem):
             print(f"wrote {path}")
     print(f"wrote {options.out / stem}.json and .md")
+    if options.evidence:
+        write_evidence(options.evidence, "benchmark", asdict(report))
+        print(f"wrote its section of {options.evidence}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,19 @@ USERS = {
 }
 
 
+HOW = (
+    f"Measured on this GPU by Nsight Compute, but for the column `{USERS_COLUMN}`: those five are what the user of"
+    " this project measured of the original program, on an RTX 4090, with Nsight Compute. Written by `python3 "
+    "build.py profile`.\n\n"
+    "Every result was checked against float64 first. One launch each, after a warm-up; ncu runs it once for every"
+    " pass, with L2 and L1 flushed before (`--cache-control all`) and the clocks left as they are "
+    "(`--clock-control none`): a duration is not the benchmark's, and may move from run to run. Loads by TMA and "
+    "operands that wgmma reads pass the counters of the LSU by, those of shared-memory wavefronts and bank "
+    "conflicts. On a GeForce GPU, where float32 accumulation is half as fast as float16's, the tensor pipe's row "
+    "compares kernels of one accumulation only."
+)
+
+
 @dataclass(frozen=True)
 class Metric:
     """One row of the table. Names differ by arch: of several, the first that the GPU has is taken."""
@@ -322,10 +335,9 @@ def missing(profile: Profile) -> list[str]:
 def page(profile: Profile) -> str:
     """The Markdown page that stands beside the JSON."""
     facts = profile.facts
-    verification = (
-        "These are the sm_89 kernels' own PTX assembled for this GPU (a verification build): what they do here is "
-        "measured, what they do on an Ada GPU is not.\n\n" if " on " in facts["kernels"] else ""
-    )  # fmt: skip
+    compiled_for, _, other = facts["kernels"].partition(" on ")
+    verification = f"A verification build: the PTX of the {compiled_for} kernels, assembled for this GPU. What they do "
+    verification += "here is measured, limits of occupancy included; what they do on their own GPUs is not.\n\n"
     ran_kernels = tables.markdown(
         ["M x N x K", "of", "x to result", "kernel", "relative error"],
         [
@@ -340,13 +352,7 @@ def page(profile: Profile) -> str:
         ["left out", "where", "why"], [[row.peer, row.where, row.reason] for row in profile.skipped]
     )
     sections = {
-        "": f"{verification}Measured on this GPU by Nsight Compute, but for the column `{USERS_COLUMN}`: those five "
-        "are what the user of this project measured of the original program, on an RTX 4090, with Nsight Compute. "
-        "Written by `python3 build.py profile`.\n\n"
-        "Every result was checked against float64 first. One launch each, after a warm-up; ncu runs it once for every "
-        "pass, with L2 and L1 flushed before (`--cache-control all`) and the clocks left as they are (`--clock-control "
-        "none`): a duration is not the benchmark's, and may move from run to run. Loads by TMA and operands that wgmma "
-        "reads pass the counters of the LSU by, those of shared-memory wavefronts and bank conflicts.\n\n"
+        "": f"{verification if other else ''}{HOW}\n\n"
         + tables.markdown(["what", "value"], [*facts.items(), ("ncu", profile.ncu)]),
         **{f"M x N x K = {shape}": table(profile, shape) for shape in profile.shapes()},
         "Which kernel ran": ran_kernels,
@@ -377,14 +383,15 @@ def run(options: argparse.Namespace) -> Profile:
     print(f"{len(asked)} metrics at {', '.join(map(str, options.shapes))}, under {ncu}: a minute or two", flush=True)
     done = ran(command(ncu, asked, log, child))
     written = log.read_text() if log.exists() else ""
-    if done.returncode or not manifest.exists() or "==ERROR==" in written:
-        raise BuildError(explained(done, written))
-    told = json.loads(manifest.read_text())
-    launches = [Launch(**row | {"shape": Shape(**row["shape"])}) for row in told["launches"]]
+    trouble = explained(done, written) if done.returncode or "==ERROR==" in written else ""
     try:
+        told = json.loads(manifest.read_text()) if manifest.exists() else {"launches": []}
+        launches = [Launch(**row | {"shape": Shape(**row["shape"])}) for row in told["launches"]]
         full = joined(launches, parse(written), names)
     except BuildError as error:
-        raise BuildError(f"{error}. What ncu wrote is in {log}") from None
+        raise BuildError(f"{trouble or error}. What ncu wrote is in {log}") from None
+    if trouble:  # it counted all the same
+        print(f"ncu was not content: {trouble}")
     version = re.findall(r"^Version (\S+)", ran([ncu, "--version"]).stdout, re.MULTILINE)
     manifest.unlink()
     log.unlink()

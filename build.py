@@ -7,6 +7,8 @@
                                             the sm_89 kernels' own PTX assembled for sm_90: the shipped 4090 program on
                                             a Hopper GPU. Its wheel says so in its version.
     python3 build.py test [pytest options]  build, then lint, type-check and run every test that needs no GPU
+    python3 build.py profile [its options]  build, then what Nsight Compute counts in the kernels on this GPU
+                                            (tests/bench/profile.py)
 
 Needs Python >= 3.10 and g++: no GPU, no CUDA toolkit. What else it needs it installs into build/env. A second build
 compiles only what has changed. It is also the PEP 517 backend: `pip install .` and `pip wheel .` do the same.
@@ -168,7 +170,7 @@ def main() -> None:
     from aot.configs import ARCHS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["test"], help="what to do besides building")
+    parser.add_argument("command", nargs="?", choices=["test", "profile"], help="what to do besides building")
     parser.add_argument(
         "--arch",
         type=arch_number,
@@ -184,7 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compile processes (default: one a core)")
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command != "test":
+    if rest and arguments.command is None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.verify_on and len(arguments.arch or []) != 1:
         parser.error("--verify-on needs exactly one --arch, the one to verify")
@@ -194,7 +196,14 @@ def main() -> None:
         parser.error(f"--jobs must be at least 1; got {arguments.jobs}")
 
     environment.enter(ROOT)
+    if arguments.command == "profile":
+        from tests.bench import profile
+
+        profile.options_of(rest)  # what is missing is said before anything is built
     wheel, seconds, reports = build(arguments.arch or list(ARCHS), arguments.verify_on, arguments.jobs, ROOT / "dist")
+    if arguments.command == "profile":
+        environment.pip(Path(sys.executable), "install", "--force-reinstall", "--no-deps", str(wheel))
+        sys.exit(profile.main(rest))
     print(report_table(reports))
     start = time.perf_counter()
     python = clean_environment(wheel)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from aot import BuildError
 from tests.bench import __main__ as bench
 from tests.bench import overheads, peers, records, tables
 from tests.bench.peers import Peer
@@ -155,7 +156,26 @@ def test_page_has_everything(report: Report) -> None:
 
 
 def test_file_stem(report: Report) -> None:
-    assert bench.file_stem(report) == "nvidia-h200-sm_89-on-sm_90"
+    assert records.file_stem(report.facts) == "nvidia-h200-sm_89-on-sm_90"
+
+
+@pytest.mark.parametrize(("kernels", "arch"), [("sm_89", 89), ("sm_90", 90)])
+def test_a_run_is_evidence_for_its_arch(
+    report: Report, kernels: str, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written: list[tuple[object, ...]] = []
+    monkeypatch.setattr(records, "write_section", lambda *arguments: written.append(arguments))
+    report.facts["kernels"] = kernels
+    report.skipped = [Skipped("original kernel", "everywhere", f"{Path.home()}/kernels holds none")]
+    records.write_evidence(tmp_path, "benchmark", asdict(report))
+    ((*place, data),) = written
+    assert place == [tmp_path, arch, "benchmark"]
+    assert data["skipped"][0]["reason"] == "~/kernels holds none"  # type: ignore[index]
+
+
+def test_a_verification_build_is_no_evidence(report: Report) -> None:
+    with pytest.raises(BuildError, match="takes runs of kernels on their own arch; these are sm_89's on sm_90"):
+        records.evidence_arch(report.facts)
 
 
 # ---- records and pictures

@@ -13,16 +13,30 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import lbg
+from aot import BuildError
 from tests import cases
 from tests.bench import overheads, tables, timing
 from tests.bench.machine import facts
 from tests.bench.peers import Inputs, Peer, all_peers
-from tests.bench.records import LIMIT, OURS, PEER, Prediction, Report, Shape, Skipped, Timing
+from tests.bench.records import (
+    LIMIT,
+    OURS,
+    PEER,
+    Prediction,
+    Report,
+    Shape,
+    Skipped,
+    Timing,
+    evidence_arch,
+    file_stem,
+    write_evidence,
+)
 from tests.cases import F16, F32, Case
 
 SHAPES = tuple(
@@ -154,12 +168,14 @@ def run(options: argparse.Namespace) -> Report:
 
     def progress(what: str) -> None:
         """Also keeps what there is: a compiler that hangs must not cost it."""
-        report.write(options.out / f"{file_stem(report)}.json")
+        report.write(options.out / f"{file_stem(report.facts)}.json")
         print(f"{time.perf_counter() - start:6.1f} s  {what}", file=sys.stderr, flush=True)
 
     torch.set_float32_matmul_precision("high")  # tf32, of the tf32 peer
     peers, skipped = selected(all_peers(options.original), options.peers)
     report = Report(facts(options.commit), timing.copy_gb_per_s(), list(options.shapes), skipped=skipped)
+    if options.evidence:
+        evidence_arch(report.facts)  # a run that cannot be evidence must not take its minutes first
     sweep = [] if options.no_sweep else [shape for shape in SWEEP if shape not in report.shapes]
     for shape in [*report.shapes, *sweep]:
         slow_too = options.all_shapes or (shape in TELLING and not options.quick)
@@ -198,6 +214,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder of page, JSON and plots")
     parser.add_argument("--json", type=Path, help="where to write the numbers besides")
+    parser.add_argument("--evidence", type=Path, help="the file of this arch's evidence to put the report into too")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--quick", action="store_true", help="four shapes, no max-autotune, no sweep, no overheads")
     parser.add_argument("--all-shapes", action="store_true", help="max-autotune at every shape")
@@ -212,7 +229,7 @@ def main() -> None:
     options.shapes = options.shapes or list(QUICK if options.quick else SHAPES)
     options.out.mkdir(parents=True, exist_ok=True)
     report = run(options)
-    stem = file_stem(report)
+    stem = file_stem(report.facts)
     report.write(options.out / f"{stem}.json")
     if options.json:
         report.write(options.json)
@@ -227,13 +244,13 @@ def main() -> None:
         for path in plots.draw(report, options.out / stem):
             print(f"wrote {path}")
     print(f"wrote {options.out / stem}.json and .md")
-
-
-def file_stem(report: Report) -> str:
-    """Such as nvidia-h200-sm_90."""
-    words = f"{report.facts['gpu']} {report.facts['kernels']}".lower().replace(",", "").split()
-    return "-".join(words)
+    if options.evidence:
+        write_evidence(options.evidence, "benchmark", asdict(report))
+        print(f"wrote its section of {options.evidence}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BuildError as error:
+        sys.exit(f"bench: {error}")

@@ -7,6 +7,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from aot import BuildError
+from aot.evidence import write_section
 
 OURS, PEER, LIMIT = "lbg", "peer", "limit"  # kinds of a timing; a limit does less than the whole function
 
@@ -119,6 +123,30 @@ class Report:
             mode: {int(k): error for k, error in row.items()} for mode, row in found["accumulation"].items()
         }
         return cls(**found)
+
+
+def file_stem(facts: dict[str, str]) -> str:
+    """Such as nvidia-h200-sm_90."""
+    words = f"{facts['gpu']} {facts['kernels']}".lower().replace(",", "").split()
+    return "-".join(words)
+
+
+def evidence_arch(facts: dict[str, str]) -> int:
+    """The arch that a run's figures are evidence for.
+
+    Raises:
+        BuildError: the run was of a verification build, whose times are no GPU's that it is shipped for.
+    """
+    compiled_for, _, on = facts["kernels"].partition(" on ")
+    if on:
+        raise BuildError(f"--evidence takes runs of kernels on their own arch; these are {compiled_for}'s on {on}")
+    return int(compiled_for.removeprefix("sm_"))
+
+
+def write_evidence(path: Path, section: str, data: dict[str, Any]) -> None:
+    """Puts a run into the file of its arch's evidence, which people send to others: the home folder reads ~ in it."""
+    shown = json.dumps(data).replace(json.dumps(str(Path.home()))[1:-1], "~")
+    write_section(path, evidence_arch(data["facts"]), section, json.loads(shown))
 
 
 def ratio(over: Timing | None, under: Timing | None) -> float | None:

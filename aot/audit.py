@@ -363,8 +363,12 @@ def against(data: dict[str, Any], artifacts: Sequence[Artifact], chip: Chip) -> 
 
 def said_against(found: dict[str, Any]) -> str:
     facts = found["facts"]
-    lines = [f"Measured: on {facts['gpu']}, {facts['date']} ({facts['kernels']}).", f"Predicted: for {found['chip']}, from "
-             "the same cubins' machine code; all that is fitted was fitted on one half of the shapes.", ""]  # fmt: skip
+    lines = [
+        f"Measured: on {facts['gpu']}, {facts['date']} ({facts['kernels']}).",
+        f"Predicted: for {found['chip']}, from the same cubins' machine code. What is fitted was fitted on one half of "
+        "the shapes of one run on an H200.",
+        "",
+    ]
     names = list(found["all shapes"])
     kinds = [kind for kind in ("all shapes", "fitted on", "held out") if kind in found]
     lines += [table([["", *kinds], *([name, *(found[kind][name] for kind in kinds)] for name in names)]), ""]

@@ -77,8 +77,8 @@ CHIPS = {
             dram_gb_per_s=1008,  # Ada whitepaper
             l2_bytes=72 * _MB,  # Ada whitepaper
             l2_bytes_per_cycle=15.5,  # assumption: 5.0 TB/s over all SMs
-            dram_latency_us=0.6,  # assumption
-            launch_us=2.5,  # assumption: as on Hopper
+            dram_latency_us=0.8,  # assumption: as on Hopper
+            launch_us=2.0,  # assumption: as on Hopper
             assumed=_ADA_ASSUMED,
         ),
         Chip(
@@ -92,8 +92,8 @@ CHIPS = {
             dram_gb_per_s=864,  # datasheet
             l2_bytes=96 * _MB,  # Ada whitepaper: all of AD102's
             l2_bytes_per_cycle=15.5,  # assumption
-            dram_latency_us=0.6,  # assumption
-            launch_us=2.5,  # assumption
+            dram_latency_us=0.8,  # assumption: as on Hopper
+            launch_us=2.0,  # assumption
             assumed=_ADA_ASSUMED,
         ),
         Chip(
@@ -107,8 +107,8 @@ CHIPS = {
             dram_gb_per_s=300,  # datasheet
             l2_bytes=48 * _MB,  # Ada whitepaper: AD104's
             l2_bytes_per_cycle=15.5,  # assumption
-            dram_latency_us=0.6,  # assumption
-            launch_us=2.5,  # assumption
+            dram_latency_us=0.8,  # assumption: as on Hopper
+            launch_us=2.0,  # assumption
             assumed=_ADA_ASSUMED,
         ),
         Chip(
@@ -122,8 +122,8 @@ CHIPS = {
             dram_gb_per_s=3350,  # datasheet
             l2_bytes=50 * _MB,  # datasheet
             l2_bytes_per_cycle=43,  # assumption: as the H200, whose die it is
-            dram_latency_us=0.7,  # assumption: as the H200
-            launch_us=2.5,  # assumption: as the H200
+            dram_latency_us=0.8,  # assumption: as the H200
+            launch_us=2.0,  # assumption: as the H200
             assumed=("l2_bytes_per_cycle", "dram_latency_us", "launch_us"),
         ),
         Chip(
@@ -137,8 +137,8 @@ CHIPS = {
             dram_gb_per_s=4800,  # datasheet
             l2_bytes=50 * _MB,  # datasheet
             l2_bytes_per_cycle=43,  # measured: 16x64 tiles of 16384x4096x4096 draw 43 GB through L2 in 4.15 ms
-            dram_latency_us=0.7,  # fitted to the verification build's times
-            launch_us=2.5,  # the same
+            dram_latency_us=0.8,  # fitted to the verification build's times
+            launch_us=2.0,  # the same
             assumed=(),
         ),
     )

@@ -26,6 +26,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,11 +167,18 @@ def build_sdist(sdist_directory: str, config_settings: object = None) -> str:
     return package.sdist(ROOT, package.version(ROOT, [], None), Path(sdist_directory)).name
 
 
+# What build.py does besides building, each with a command line of its own.
+TOOLS = {"audit": "aot.audit"}
+
+
 def main() -> None:
     from aot.configs import ARCHS
 
+    if sys.argv[1:2] and sys.argv[1] in TOOLS:
+        environment.enter(ROOT)
+        sys.exit(import_module(TOOLS[sys.argv[1]]).main(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["test", "profile"], help="what to do besides building")
+    parser.add_argument("command", nargs="?", choices=["test", "profile", *TOOLS], help="what to do besides building")
     parser.add_argument(
         "--arch",
         type=arch_number,

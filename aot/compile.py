@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aot import BuildError
-from aot.configs import CHIPS, ELEMENT_BYTES, Config, ctas_per_sm
+from aot import BuildError, sass
+from aot.chips import LIMITS, REFERENCE
+from aot.configs import ELEMENT_BYTES, Config, ctas_per_sm
+from aot.sass import Instruction
 
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info holds the folder that was built in
 
@@ -62,6 +64,12 @@ class Report:
     store_width_bytes: int  # of the narrowest store instruction, a thread
     loop_instructions: int  # in the main loop, a warp
     loop_mma: int  # matrix instructions among them
+    loop_mix: dict[str, int]  # the same by kind (aot/sass.py)
+    loop_steps: float  # K steps of a tile that a pass of it multiplies
+    loop_shared_bytes: int  # that a pass of it moves to or from shared memory, a CTA; the TMA unit's apart
+    loader_mix: dict[str, int]  # in the loops of warps that only load, a warp of each
+    loader_shared_bytes: int  # that these move in a K step, a CTA
+    other_instructions: int  # outside of all these, a warp: before the main loop and after it
     mma: int  # in the whole kernel
     size_bytes: int
     seconds: float
@@ -257,40 +265,11 @@ def assemble(ptx: str, arch: int, cubin: Path) -> tuple[int, int, int]:
     return registers, spill_stores + int(spill_loads[1]), stack
 
 
-@dataclass(frozen=True)
-class Instruction:
-    address: int
-    opcode: str
-    branch_to: int | None
-
-
-def disassemble(cubin: Path) -> list[Instruction]:
-    text = _run(tool("cuobjdump"), "-sass", str(cubin))
-    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
-    instructions = []
-    for address, opcode, rest in pattern.findall(text):
-        to = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
-        instructions.append(Instruction(int(address, 16), opcode, int(to[1], 16) if to else None))
-    return instructions
-
-
-def is_mma(instruction: Instruction) -> bool:
-    return instruction.opcode.split(".")[0] in ("HMMA", "HGMMA")
-
-
-def store_bytes(instruction: Instruction) -> int:
-    parts = instruction.opcode.split(".")
-    if parts[0] != "STG":
-        return 0
-    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-    return next((widths[part] for part in parts if part in widths), 4)
-
-
-def stored_bytes(config: Config, sass: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
+def stored_bytes(config: Config, instructions: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
     """What a CTA stores of one tile, if each store instruction runs once."""
     threads = config.program_warps * 32
-    by_threads = sum(map(store_bytes, sass)) * threads
-    if not (tma_stores := sum(i.opcode.startswith("UTMASTG") for i in sass)):
+    by_threads = sum(map(sass.store_bytes, instructions)) * threads
+    if not (tma_stores := sum(i.opcode.startswith("UTMASTG") for i in instructions)):
         return by_threads
     rows, columns, _ = boxes["out"]
     # a warp's leader stores one box
@@ -298,11 +277,11 @@ def stored_bytes(config: Config, sass: list[Instruction], boxes: dict[str, tuple
     return by_threads + tma_stores * at_once * rows * columns * ELEMENT_BYTES[config.out]
 
 
-def store_width(config: Config, sass: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
+def store_width(config: Config, instructions: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
     """Bytes that the narrowest store instruction writes side by side."""
     if "out" in boxes:
         return boxes["out"][1] * ELEMENT_BYTES[config.out]
-    return min(filter(None, map(store_bytes, sass)), default=0)
+    return min(filter(None, map(sass.store_bytes, instructions)), default=0)
 
 
 def stores_in_k_loop(ir: str, depth: int) -> int:
@@ -318,20 +297,9 @@ def stores_in_k_loop(ir: str, depth: int) -> int:
     return count
 
 
-def loops(sass: list[Instruction]) -> list[list[Instruction]]:
-    """Loop bodies: what lies between a backward branch and its target. The trap at the end branches to itself."""
-    return [
-        [inner for inner in sass if branch.branch_to <= inner.address <= branch.address]
-        for branch in sass
-        if branch.branch_to is not None and branch.branch_to < branch.address
-    ]
-
-
 def check(config: Config, report: Report) -> None:
     """Raises BuildError for a kernel that must not be shipped."""
-    limit = CHIPS[report.arch].shared_block_bytes
-    if CHIPS[config.arch].shared_block_bytes < limit:
-        limit = CHIPS[config.arch].shared_block_bytes
+    limit = min(LIMITS[report.arch].shared_block_bytes, LIMITS[config.arch].shared_block_bytes)
     name = f"{config.symbol} (sm_{report.arch})"
     verification = report.arch != config.arch  # not shipped: what another arch's assembler spills there is no fault
     if config.aligned and report.spill_bytes and not verification:
@@ -360,12 +328,10 @@ def check(config: Config, report: Report) -> None:
 
 def check_main_loop(config: Config, report: Report, name: str) -> None:
     """What a fast kernel for sm_89 may cost besides its matrix instructions, which nobody can see on a GPU here."""
-    # An m16n8k16 is 2048 products. As many K steps as the loop is unrolled by, and no product twice.
-    products = report.loop_mma * config.warps * 2048
-    steps, rest = divmod(products, config.tile_m * config.tile_n * config.tile_k)
-    if rest or not 1 <= steps <= 2 * config.stages:
+    # As many K steps as the loop is unrolled by, and no product twice.
+    if report.loop_steps % 1 or not 1 <= report.loop_steps <= 2 * config.stages:
         raise BuildError(f"{name}: {report.loop_mma} matrix instructions a warp are not those of whole K steps")
-    chip = CHIPS[config.arch]
+    chip = REFERENCE[config.arch]
     cycles = report.loop_mma * (chip.mma_cycles_fp16 if config.fp16_accumulate else chip.mma_cycles)
     share = (report.loop_instructions - report.loop_mma) / cycles
     if config.tile_m >= 64 and share > MOST_OTHER_SLOTS:  # fewer rows wait for the weight
@@ -382,10 +348,11 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     start = time.perf_counter()
     compiled = to_ptx(config)
     registers, spill, stack = assemble(compiled.ptx, cubin_arch, cubin)
-    sass = disassemble(cubin)
-    bodies = loops(sass)
-    # the shortest of those with the most matrix instructions: a loop inside it has fewer, one around it is longer
-    main = max(bodies, key=lambda body: (sum(map(is_mma, body)), -len(body)), default=[])
+    instructions = sass.read(_run(tool("cuobjdump"), "-sass", str(cubin)))
+    bodies = sass.loops(instructions)
+    main = sass.main_loop(bodies)
+    roles = config.multiplying_warps // config.program_warps  # each with a main loop and an epilogue of its own
+    loaders = [i for body in sass.innermost(bodies, "TMA load") if not any(map(sass.is_mma, body)) for i in body]
     ctas = ctas_per_sm(config, registers, compiled.shared_bytes)
     outputs = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]
     report = Report(
@@ -400,16 +367,23 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         stack_bytes=stack,
         shared_bytes=compiled.shared_bytes,
         ctas_per_sm=ctas,
-        stores_per_output=stored_bytes(config, sass, compiled.boxes) / outputs,
+        stores_per_output=stored_bytes(config, instructions, compiled.boxes) / outputs,
         # The loop over tiles holds the stores of a persistent kernel by right; and where warps have roles, all that
         # they do lies in the loop that waits for one.
         stores_in_loop=stores_in_k_loop(compiled.ir, 2 if config.persistent else 1)
         if config.tma
-        else sum(bool(store_bytes(i)) for body in bodies for i in body),
-        store_width_bytes=store_width(config, sass, compiled.boxes),
+        else sum(bool(sass.store_bytes(i)) for body in bodies for i in body),
+        store_width_bytes=store_width(config, instructions, compiled.boxes),
         loop_instructions=len(main),
-        loop_mma=sum(map(is_mma, main)),
-        mma=sum(map(is_mma, sass)),
+        loop_mma=sum(map(sass.is_mma, main)),
+        loop_mix=sass.mix(main),
+        loop_steps=config.multiplying_warps * sum(map(sass.products, main)) / config.tile_products,
+        loop_shared_bytes=config.multiplying_warps * sum(map(sass.shared_bytes, main)),
+        loader_mix=sass.mix(loaders),
+        # of all loaders only a warpgroup of ws, which rounds a float32 x, touches shared memory
+        loader_shared_bytes=4 * sum(map(sass.shared_bytes, loaders)),
+        other_instructions=(len(instructions) - len(main) * roles - len(loaders)) // roles,
+        mma=sum(map(sass.is_mma, instructions)),
         size_bytes=cubin.stat().st_size,
         seconds=round(time.perf_counter() - start, 2),
     )
@@ -423,9 +397,10 @@ def cache_key(config: Config, cubin_arch: int) -> str:
     import triton
 
     here = Path(__file__).parent
-    names = ("compile.py", "kernels.py", *SOURCES[config.kernel])
+    names = ("compile.py", "sass.py", "kernels.py", *SOURCES[config.kernel])
     sources = "".join(here.joinpath(name).read_text() for name in names)
-    chips = repr((CHIPS[config.arch], CHIPS[cubin_arch]))
+    chip = REFERENCE[config.arch]
+    chips = repr((LIMITS[config.arch], LIMITS[cubin_arch], chip.mma_cycles, chip.mma_cycles_fp16))
     text = "\n".join((triton.__version__, sources, chips, json.dumps(asdict(config)), str(cubin_arch)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
-from aot import BuildError
+from aot import BuildError, chips
 
 ARCHS = (89, 90)
 ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
@@ -20,26 +20,7 @@ DTYPES = tuple(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What a kernel may take on one arch, and the GPU that its rates are quoted for (aot/costs.py)."""
-
-    name: str
-    sm_count: int
-    registers: int  # per SM
-    warps: int  # per SM
-    shared_bytes: int  # per SM
-    shared_block_bytes: int  # most that one block can ask for
-    mma_cycles: int  # between two m16n8k16 with fp32 accumulation, on one of the four sub-cores
-    mma_cycles_fp16: int  # the same with fp16 accumulation
-
-
-CHIPS = {
-    # HMMA rates: NVIDIA Ada whitepaper, 165.2 and 330.3 TFLOPS over 128 SMs at 2.52 GHz.
-    89: Chip("RTX 4090", 128, 65536, 48, 100 * 1024, 99 * 1024, 32, 16),
-    # 989 TFLOPS over 132 SMs at 1.83 GHz, one rate for both accumulation widths.
-    90: Chip("H100 SXM", 132, 65536, 64, 228 * 1024, 227 * 1024, 4, 4),
-}
+CHIPS = chips.LIMITS  # by arch
 
 
 @dataclass(frozen=True)
@@ -85,6 +66,15 @@ class Config:
     def program_warps(self) -> int:
         """Warps that run an instruction of the part that multiplies and stores; ws has that part twice."""
         return {"ring": self.warps - 4, "ws": 4}.get(self.kernel, self.warps)
+
+    @property
+    def multiplying_warps(self) -> int:
+        return self.program_warps * (2 if self.kernel == "ws" else 1)
+
+    @property
+    def tile_products(self) -> int:
+        """Multiplications of a K step."""
+        return self.tile_m * self.tile_n * self.tile_k
 
     @property
     def tile(self) -> str:
@@ -256,13 +246,5 @@ def check_classes(configs: Sequence[Config]) -> None:
 
 
 def ctas_per_sm(config: Config, registers: int, shared_bytes: int) -> dict[str, int]:
-    """CTAs that one SM holds by each limit, and by all of them (`"all"`)."""
-    chip = CHIPS[config.arch]
-    # Registers are handed out per warp in units of 256; a block also holds 1 KB of shared memory for the system.
-    per_warp = -(-registers * 32 // 256) * 256
-    limits = {
-        "registers": chip.registers // (per_warp * config.warps),
-        "shared": chip.shared_bytes // (shared_bytes + 1024),
-        "warps": chip.warps // config.warps,
-    }
-    return limits | {"all": min(limits.values())}
+    """CTAs that one SM of the config's arch holds by each limit, and by all of them (`"all"`)."""
+    return chips.ctas_per_sm(CHIPS[config.arch], config.warps, registers, shared_bytes)

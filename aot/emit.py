@@ -68,7 +68,7 @@ def launcher(index: int, artifact: Artifact) -> str:
 
 def row(index: int, artifact: Artifact) -> str:
     config, report = artifact.config, artifact.report
-    costs = ", ".join(map(str, astuple(cost(config))))
+    costs = ", ".join(map(str, astuple(cost(config, report))))
     promises = (config.fp16_accumulate, config.aligned, config.out_aligned, config.tma, config.persistent)
     flags = ", ".join(str(flag).lower() for flag in promises)
     return (

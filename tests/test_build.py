@@ -22,7 +22,8 @@ import pytest
 pytest.importorskip("triton", reason="needs the build's environment", exc_type=ImportError)
 
 import build
-from aot import BuildError, compile, costs, emit, package
+from aot import BuildError, compile, costs, emit, model, package
+from aot.chips import REFERENCE
 from aot.configs import ARCHS, CHIPS, CONFIGS, DTYPES, Config, check_classes, class_of, ctas_per_sm
 
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
@@ -400,19 +401,26 @@ def test_a_class_that_dispatch_cannot_rely_on(rows: list[Config], told: str) -> 
 
 
 def test_a_measured_cost_is_taken_and_compiles_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, fresh = compile.cached(SMALL, 89, tmp_path)
+    modelled, fresh = compile.cached(SMALL, 89, tmp_path)
     measured = costs.Cost(*(float(i) for i in range(len(fields(costs.Cost)))))
-    assert costs.cost(SMALL) == costs.modelled(SMALL) != measured
+    expected = model.cost(SMALL, modelled.report, REFERENCE[89])
+    assert costs.cost(SMALL, modelled.report) == expected != measured
     monkeypatch.setattr("aot.costs.measured", lambda _: {SMALL.symbol: measured})
     artifact, afresh = compile.cached(SMALL, 89, tmp_path)
-    assert fresh and not afresh and costs.cost(SMALL) == measured
+    assert fresh and not afresh and costs.cost(SMALL, artifact.report) == measured
     assert f"{{{', '.join(map(str, astuple(measured)))}}}" in emit.row(0, artifact)
 
 
-def test_a_file_of_costs_is_read_by_symbol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_costs_is_read_by_symbol(
+    small: compile.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("aot.costs.__file__", str(tmp_path / "costs.py"))
     costs.measured.cache_clear()
-    row = {"cost": asdict(costs.modelled(SMALL)) | {"launch_us": 9.0}, "rms": 0.02}
+    expected = model.cost(SMALL, small.report, REFERENCE[89])
+    row = {"cost": asdict(expected) | {"launch_us": 9.0}, "rms": 0.02}
     tmp_path.joinpath("costs_sm_89.json").write_text(json.dumps({"kernels": {SMALL.symbol: row}}))
-    assert costs.cost(SMALL).launch_us == 9.0 and costs.cost(HOPPER) == costs.modelled(HOPPER)
+    assert costs.cost(SMALL, small.report).launch_us == 9.0
+    assert costs.cost(replace(SMALL, out="f32"), small.report) == model.cost(
+        replace(SMALL, out="f32"), small.report, REFERENCE[89]
+    )
     costs.measured.cache_clear()

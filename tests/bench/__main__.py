@@ -28,6 +28,7 @@ from tests.bench.records import (
     LIMIT,
     OURS,
     PEER,
+    SHAPES,
     Prediction,
     Report,
     Shape,
@@ -39,14 +40,6 @@ from tests.bench.records import (
 )
 from tests.cases import F16, F32, Case
 
-SHAPES = tuple(
-    Shape(*sizes)
-    for sizes in (
-        *((m, 4096, 4096) for m in (16384, 4096, 1024, 256, 64, 16, 1)),
-        (128, 1024, 512), (16384, 1024, 4096), (4096, 11008, 4096), (8192, 8192, 8192), (2048, 3072, 768),
-        (16383, 4096, 4096), (4096, 4104, 4096), (4097, 4095, 4088),  # ragged: M; N % 16 == 8; all three
-    )
-)  # fmt: skip
 QUICK = tuple(Shape(*sizes) for sizes in ((16384, 4096, 4096), (64, 4096, 4096), (128, 1024, 512), (4097, 4095, 4088)))
 SWEEP = tuple(Shape(2**power, 4096, 4096) for power in range(15))  # the plot over M
 # Where max-autotune, which takes 10 to 30 s a shape to compile, is asked without --all-shapes.

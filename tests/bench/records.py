@@ -51,6 +51,17 @@ class Shape:
         return self.m * self.k * x_bytes + self.n * self.k * weight_bytes + self.m * self.n * out_bytes
 
 
+# What is measured, and what `build.py audit` predicts.
+SHAPES = tuple(
+    Shape(*sizes)
+    for sizes in (
+        *((m, 4096, 4096) for m in (16384, 4096, 1024, 256, 64, 16, 1)),
+        (128, 1024, 512), (16384, 1024, 4096), (4096, 11008, 4096), (8192, 8192, 8192), (2048, 3072, 768),
+        (16383, 4096, 4096), (4096, 4104, 4096), (4097, 4095, 4088),  # ragged: M; N % 16 == 8; all three
+    )
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Timing:
     """Device time of one call. x and out are dtypes by PyTorch's names."""

@@ -1,0 +1,205 @@
+"""Predicts a kernel's time from its machine code and a chip's facts: the constants of csrc/lbg.h's formula.
+
+Nothing here was measured on the kernel. What a K step of one CTA takes of each unit of an SM comes from SASS; how the
+units overlap, and what nothing in SASS tells, are the assumptions named below. docs/audit.md has their sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
+from aot.configs import ELEMENT_BYTES, Config
+
+if TYPE_CHECKING:
+    from aot.compile import Report
+
+# Assumptions, each a property of hardware and none of a kernel. Those said to be fitted were fitted on an H200 with the
+# verification build, on half of the shapes; for Ada they are carried over.
+OVERLAP = 2.0  # fitted: units busy for a and b take (a^p + b^p)^(1/p); 1 is one after another, infinity at once
+OVERLAP_ALONE = 1.75  # fitted: the same of a CTA alone on its SM, whose warps wait for one barrier
+SYNC_US = 0.1  # fitted: that barrier and the first loads behind it
+DRAM_EFFICIENCY = 0.88  # of the datasheet's bandwidth: a copy on an H100, 2.94 of 3.35 TB/s
+SECTOR_WASTE = 8  # masked single elements move about an eighth of what 16-byte copies do
+# What loads through the TMA unit cost beside their bytes (Cost), as fitted to an H200's kernels in the median.
+OFF_US = 0.2
+FILL_BYTES_PER_US = 60_000
+BOX_US = 0.03
+
+
+@dataclass(frozen=True)
+class Cost:
+    """csrc/lbg.h's Cost. Microseconds, but for the last."""
+
+    launch_us: float  # once: the launch, and what a persistent kernel does but once
+    wave_us: float  # of each wave of CTAs: to fill the pipeline, and the epilogue
+    step_us: float  # of one CTA's K step in matrix pipe or L2: what CTAs on one SM add up
+    latency_us: float  # least time between two K steps of a CTA: the load latency that its stages do not hide
+    crowd_us: float  # what a K step takes more when every SM is at it
+    off_us: float  # as crowd_us, where rows of x or weight start off 32 bytes
+    fill_us: float  # as crowd_us, for each row of an x box that lies past M
+    box_us: float  # of a K step, for each x box after the first
+    dram_bytes_per_us: float  # one SM's share of the memory's bandwidth
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a K step of one CTA takes of each unit of an SM that it has to itself, in us."""
+
+    matrix_us: float
+    issue_us: float
+    shared_us: float
+    l2_us: float  # while all SMs draw
+
+    def sm_us(self, overlap: float) -> float:
+        """On the SM: no less than the longest, and more where two are nearly as long, as a warp's matrix instructions
+        wait for its own loads."""
+        if overlap == math.inf:
+            return max(self.matrix_us, self.issue_us, self.shared_us)
+        return float(sum(us**overlap for us in (self.matrix_us, self.issue_us, self.shared_us)) ** (1 / overlap))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    us: float
+    limiter: str  # the largest of `shares`
+    shares: dict[str, float]  # of the time, what each would take if all else took none; units overlap, so no sum of 1
+
+
+def wgmma(config: Config, report: Report) -> bool:
+    """Whether its matrix instructions are Hopper's own, of four warps together."""
+    products = report.loop_steps * config.tile_products
+    return products > MMA_PRODUCTS * report.loop_mma * config.multiplying_warps
+
+
+def mma_cycles(config: Config, report: Report, chip: Chip) -> float:
+    if wgmma(config, report):
+        return chip.wgmma_cycles
+    return chip.mma_cycles_fp16 if config.fp16_accumulate else chip.mma_cycles
+
+
+def operand_bytes(config: Config) -> int:
+    """What a CTA's K step loads."""
+    return config.tile_k * (config.tile_m * ELEMENT_BYTES[config.x] + config.tile_n * ELEMENT_BYTES[config.weight])
+
+
+def step(config: Config, report: Report, chip: Chip) -> Step:
+    sub_cores = min(SUB_CORES, config.multiplying_warps)
+    matrix = config.tile_products / MMA_PRODUCTS / sub_cores * mma_cycles(config, report, chip)
+    slots = report.loop_instructions * config.multiplying_warps / report.loop_steps / sub_cores
+    slots += sum(report.loader_mix.values()) / SUB_CORES
+    # The TMA unit writes what it loads past the instructions that are counted.
+    shared = report.loop_shared_bytes / report.loop_steps + report.loader_shared_bytes
+    shared += operand_bytes(config) if config.tma else 0
+    l2 = operand_bytes(config) * (1 if config.aligned else SECTOR_WASTE) / chip.l2_bytes_per_cycle
+    cycles = (matrix, slots, shared / SHARED_BYTES_A_CYCLE, l2)
+    return Step(*(each / chip.clock_mhz for each in cycles))
+
+
+def ctas(config: Config, report: Report, chip: Chip) -> int:
+    """CTAs on an SM of the chip."""
+    return max(1, ctas_per_sm(chip.limits, config.warps, report.registers, report.shared_bytes)["all"])
+
+
+def epilogue_us(config: Config, report: Report, chip: Chip) -> float:
+    """What a CTA issues outside of its main loop, and the stores' way to L2."""
+    slots = report.other_instructions * config.multiplying_warps / SUB_CORES
+    stored = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out] * (1 if config.out_aligned else SECTOR_WASTE)
+    return (slots + stored / chip.l2_bytes_per_cycle) / chip.clock_mhz
+
+
+def cost(config: Config, report: Report, chip: Chip) -> Cost:
+    """The formula's constants for one kernel on one chip."""
+    took = step(config, report, chip)
+    fill_us, drain_us = chip.dram_latency_us, epilogue_us(config, report, chip)
+    # A second CTA multiplies while one fills or drains, and so does a persistent kernel's loader: it shows but once.
+    hidden = ctas(config, report, chip) > 1
+    once_us = fill_us + drain_us if hidden else fill_us if config.persistent else 0.0
+    wave_us = 0.0 if hidden else drain_us if config.persistent else fill_us + drain_us
+    # wgmma reads shared memory itself, asynchronously, and the loops leave one under way: all units overlap.
+    by_warps = not wgmma(config, report)
+    sm_us = took.sm_us(OVERLAP if by_warps else math.inf)
+    alone_us = took.sm_us(OVERLAP_ALONE) + SYNC_US if by_warps else sm_us
+    return Cost(
+        launch_us=round(chip.launch_us + once_us, 4),
+        wave_us=round(wave_us, 4),
+        step_us=round(sm_us, 4),
+        latency_us=round(max(chip.dram_latency_us / max(1, config.stages - 1), alone_us), 4),
+        crowd_us=round(max(0.0, took.l2_us - sm_us), 4),
+        off_us=OFF_US if config.tma else 0.0,
+        fill_us=round(config.tile_k * ELEMENT_BYTES[config.x] / FILL_BYTES_PER_US, 5) if config.x_box else 0.0,
+        box_us=BOX_US if config.x_box else 0.0,
+        dram_bytes_per_us=round(chip.dram_gb_per_s * 1e3 * DRAM_EFFICIENCY / chip.sm_count),
+    )
+
+
+# ---- the formula
+
+
+def up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def waves(tiles: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """(how many waves, CTAs of one): the whole ones, and what is left."""
+    whole, rest = divmod(tiles, at_once)
+    yield whole, at_once
+    yield bool(rest), rest
+
+
+def memory_us(config: Config, cost: Cost, m: int, n: int, k: int, sm_count: int) -> float:
+    """What each operand and the result take of DRAM, read or written once."""
+    x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
+    return (m * k * x + n * k * weight + m * n * out) / (sm_count * cost.dram_bytes_per_us)
+
+
+def predicted_us(config: Config, cost: Cost, at_once: int, m: int, n: int, k: int, sm_count: int) -> float:
+    """csrc/lbg.h's formula, of contiguous operands; `at_once` are the CTAs that an SM holds."""
+    steps, tiles = up(k, config.tile_k), up(m, config.tile_m) * up(n, config.tile_n)
+    row_bytes = (k * ELEMENT_BYTES[config.x] if m > 1 else 0) | (k * ELEMENT_BYTES[config.weight] if n > 1 else 0)
+    crowd_us = cost.crowd_us + (cost.off_us if row_bytes % 32 else 0.0)
+    boxes_us = 0.0
+    if config.x_box:
+        boxes_us = (up(min(m, config.tile_m), config.x_box) - 1) * cost.box_us
+        crowd_us += max(config.x_box - m, 0) * cost.fill_us
+    busy = 0.0
+    for count, ctas in waves(tiles, sm_count * at_once):
+        step_us = max(up(ctas, sm_count) * cost.step_us, cost.latency_us)
+        busy += count * (cost.wave_us + steps * (step_us + boxes_us + ctas / sm_count * crowd_us))
+    memory = memory_us(config, cost, m, n, k, sm_count)
+    return cost.launch_us + max(busy, memory) + min(busy, memory) / 10
+
+
+def dram_bytes(config: Config, chip: Chip, m: int, n: int, k: int) -> int:
+    """Bytes to and from DRAM: x and the result once; weight once, or once for each group of tile rows (GROUP_M) if it
+    does not stay in L2 beside a group's x until the next group wants it."""
+    x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
+    group_rows = min(m, config.group_m * config.tile_m)
+    stays = n * k * weight + group_rows * k * x <= chip.l2_bytes
+    return m * k * x + n * k * weight * (1 if stays else up(m, group_rows)) + m * n * out
+
+
+def predict(config: Config, report: Report, chip: Chip, m: int, n: int, k: int) -> Prediction:
+    """The time of one call on a chip, and what limits it."""
+    made, took, at_once = cost(config, report, chip), step(config, report, chip), ctas(config, report, chip)
+    us = predicted_us(config, made, at_once, m, n, k, chip.sm_count)
+    tiles, steps = up(m, config.tile_m) * up(n, config.tile_n), up(k, config.tile_k)
+    passes = list(waves(tiles, chip.sm_count * at_once))
+    count = sum(some for some, _ in passes)
+    each = tiles * steps / chip.sm_count  # K steps of an SM, if all SMs had as many
+    fullest = steps * sum(some * up(ctas, chip.sm_count) for some, ctas in passes)
+    alone = {
+        "tensor pipe": each * took.matrix_us,
+        "issue slots": each * took.issue_us,
+        "shared memory": each * took.shared_us,
+        "L2": each * took.l2_us,
+        "DRAM": dram_bytes(config, chip, m, n, k) / (made.dram_bytes_per_us * chip.sm_count),
+        "load latency": count * steps * chip.dram_latency_us / max(1, config.stages - 1),
+        "waves and tail": count * made.wave_us + (fullest - each) * made.step_us,
+        "launch": made.launch_us,
+    }
+    shares = {name: round(one / us, 4) for name, one in alone.items()}
+    return Prediction(round(us, 3), max(shares, key=lambda name: shares[name]), shares)

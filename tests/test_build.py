@@ -410,9 +410,11 @@ def test_a_measured_cost_is_taken_and_compiles_nothing_again(tmp_path: Path, mon
 
 
 def test_a_file_of_costs_is_read_by_symbol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aot.costs.__file__", str(tmp_path / "costs.py"))
-    costs.measured.cache_clear()
     row = {"cost": asdict(costs.modelled(SMALL)) | {"launch_us": 9.0}, "rms": 0.02}
-    tmp_path.joinpath("costs_sm_89.json").write_text(json.dumps({"kernels": {SMALL.symbol: row}}))
+    for arch, kernels in ((89, {SMALL.symbol: row}), (90, {})):
+        written = {"arch": f"sm_{arch}", "tune": {"kinds": {}, "costs": {"kernels": kernels}}}
+        tmp_path.joinpath(f"evidence_sm_{arch}.json").write_text(json.dumps(written))
+    monkeypatch.setattr("aot.evidence.path_of", lambda arch: tmp_path / f"evidence_sm_{arch}.json")
+    costs.measured.cache_clear()
     assert costs.cost(SMALL).launch_us == 9.0 and costs.cost(HOPPER) == costs.modelled(HOPPER)
     costs.measured.cache_clear()

@@ -71,9 +71,9 @@ def compile_configs(
     verify_on: int | None,
     jobs: int,
     folder: Path,
-    drop: Callable[[Config, BuildError], None] | None = None,
+    drop: Callable[[Config, Exception], None] | None = None,
 ) -> tuple[list[Artifact], int]:
-    """compile_all() of these configs. What breaks a rule stops it, or is handed to `drop` and left out."""
+    """compile_all() of these configs. What fails stops it, or is handed to `drop` and left out."""
     from tqdm import tqdm
 
     from aot.compile import cached
@@ -89,7 +89,7 @@ def compile_configs(
             for future in tqdm(as_completed(futures), total=len(futures), desc="cubins", unit="kernel", disable=None):
                 try:
                     done[futures[future]] = future.result()
-                except BuildError as error:
+                except Exception as error:
                     if drop is None:
                         raise
                     drop(configs[futures[future]], error)

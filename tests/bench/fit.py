@@ -135,6 +135,14 @@ def sample_check(case: Case, arguments: cases.Arguments) -> Callable[[str, Tenso
     return check
 
 
+class KernelError(RuntimeError):
+    """A kernel after which CUDA answers nothing but errors: only a new process can go on."""
+
+    def __init__(self, symbol: str, error: str) -> None:
+        super().__init__(error)
+        self.symbol = symbol
+
+
 def copies_of(case: Case) -> int:
     """How many weights a graph may go through, so that none is in L2 when its turn comes."""
     return max(1, min(16, POOL_ELEMENTS // (case.n * case.k)))
@@ -171,8 +179,11 @@ def time_kernels(
                 call(case, arguments[0], out)
                 check(symbol, out)
             except RuntimeError as error:
+                try:
+                    torch.cuda.synchronize()
+                except RuntimeError as lasting:
+                    raise KernelError(symbol, str(lasting)) from error
                 wrong[symbol] = str(error)
-                torch.cuda.synchronize()  # an error that outlives its kernel is no candidate's alone: it is raised
                 continue
             medians[symbol] = timed_us(lambda: call(case, arguments[0], out), bench.evict)
     if not medians:

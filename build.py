@@ -6,6 +6,8 @@
     python3 build.py --arch sm_89 --verify-on sm_90
                                             the sm_89 kernels' own PTX assembled for sm_90: the shipped 4090 program on
                                             a Hopper GPU. Its wheel says so in its version.
+    python3 build.py --evidence FILE        FILE, from a GPU's owner, becomes its arch's evidence: the kernels to build
+    python3 build.py tune [--help]          the kernels to ship, chosen anew by measurement on this machine's GPU
     python3 build.py test [pytest options]  build, then lint, type-check and run every test that needs no GPU
     python3 build.py profile [its options]  build, then what Nsight Compute counts in the kernels on this GPU
                                             (tests/bench/profile.py)
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import importlib
 import json
 import os
 import shutil
@@ -26,7 +29,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,15 +36,20 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # as a PEP 517 backend this file is imported from elsewhere
 
-from aot import BuildError, environment  # noqa: E402
+from aot import BuildError, environment, evidence  # noqa: E402
+from aot.evidence import ARCHS  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from aot.compile import Artifact, Report
+    from aot.configs import Config
+
+# Commands with options of their own, by the module whose main() takes them.
+COMMANDS = {"audit": "aot.audit", "tune": "aot.tune"}
 
 
 def arch_number(name: str) -> int:
-    from aot.configs import ARCHS
-
     number = name.removeprefix("sm_")
     if not number.isdigit() or int(number) not in ARCHS:
         raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(f'sm_{arch}' for arch in ARCHS)}")
@@ -56,12 +63,23 @@ def end_quietly() -> None:
 
 def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path) -> tuple[list[Artifact], int]:
     """Every config of `archs` as a cubin in `folder`/cubins; (artifacts in table order, how many were compiled now)."""
+    from aot.configs import CONFIGS
+
+    return compile_configs([config for config in CONFIGS if config.arch in archs], verify_on, jobs, folder)
+
+
+def compile_configs(
+    configs: Sequence[Config],
+    verify_on: int | None,
+    jobs: int,
+    folder: Path,
+    drop: Callable[[Config, Exception], None] | None = None,
+) -> tuple[list[Artifact], int]:
+    """compile_all() of these configs. What fails stops it, or is handed to `drop` and left out."""
     from tqdm import tqdm
 
     from aot.compile import cached
-    from aot.configs import CONFIGS
 
-    configs = [config for config in CONFIGS if config.arch in archs]
     done: dict[int, tuple[Artifact, bool]] = {}
     # spawn: triton starts threads, which a fork would not carry over
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=end_quietly) as pool:
@@ -71,7 +89,12 @@ def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path
         }
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc="cubins", unit="kernel", disable=None):
-                done[futures[future]] = future.result()
+                try:
+                    done[futures[future]] = future.result()
+                except Exception as error:
+                    if drop is None:
+                        raise
+                    drop(configs[futures[future]], error)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -79,11 +102,10 @@ def compile_all(archs: list[int], verify_on: int | None, jobs: int, folder: Path
     shutil.rmtree(cubins, ignore_errors=True)
     cubins.mkdir(parents=True)
     artifacts = []
-    for index, config in enumerate(configs):
-        made = done[index][0]
-        path = cubins / f"{config.file}.cubin"
+    for index, (made, _) in sorted(done.items()):
+        path = cubins / f"{configs[index].file}.cubin"
         shutil.copyfile(made.cubin, path)  # its time is now: ninja must see that it changed, to an older one too
-        artifacts.append(replace(made, config=config, cubin=path))
+        artifacts.append(replace(made, config=configs[index], cubin=path))
     return artifacts, sum(fresh for _, fresh in done.values())
 
 
@@ -106,9 +128,12 @@ def build(
 ) -> tuple[Path, dict[str, float], list[Report]]:
     """The wheel and its report in `directory`; (wheel, seconds of each step, reports)."""
     from aot import emit, package
-    from aot.configs import CONFIGS, check_classes
+    from aot.configs import CONFIGS, ROWS, check_classes, check_evidence
 
     check_classes(CONFIGS)
+    for arch in archs:
+        for warning in check_evidence(arch, ROWS[arch]):
+            print(f"warning: {warning}", file=sys.stderr)
     version = package.version(ROOT, archs, verify_on)
     folder = ROOT / "build" / ("generated" if verify_on is None else f"verify-sm_{archs[0]}-on-sm_{verify_on}")
     seconds: dict[str, float] = {}
@@ -151,8 +176,6 @@ def get_requires_for_build_wheel(config_settings: object = None) -> list[str]:
 
 
 def build_wheel(wheel_directory: str, config_settings: object = None, metadata_directory: str | None = None) -> str:
-    from aot.configs import ARCHS
-
     try:
         wheel, _, _ = build(list(ARCHS), None, os.cpu_count() or 1, ROOT / "dist")
     except BuildError as error:
@@ -167,18 +190,15 @@ def build_sdist(sdist_directory: str, config_settings: object = None) -> str:
     return package.sdist(ROOT, package.version(ROOT, [], None), Path(sdist_directory)).name
 
 
-# What build.py does besides building, each with a command line of its own.
-TOOLS = {"audit": "aot.audit"}
-
-
 def main() -> None:
-    from aot.configs import ARCHS
-
-    if sys.argv[1:2] and sys.argv[1] in TOOLS:
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         environment.enter(ROOT)
-        sys.exit(import_module(TOOLS[sys.argv[1]]).main(sys.argv[2:]))
+        sys.exit(importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:]))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["test", "profile", *TOOLS], help="what to do besides building")
+    parser.add_argument(
+        "command", nargs="?", choices=["test", "profile", *COMMANDS], help="what to do besides building"
+    )
     parser.add_argument(
         "--arch",
         type=arch_number,
@@ -193,6 +213,7 @@ def main() -> None:
         help="assemble the PTX of the one --arch for this architecture instead: a verification build",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compile processes (default: one a core)")
+    parser.add_argument("--evidence", type=Path, metavar="FILE", help="take FILE as its arch's evidence first")
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command is None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -203,6 +224,10 @@ def main() -> None:
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1; got {arguments.jobs}")
 
+    if arguments.evidence and arguments.command == "profile":
+        rest += ["--evidence", str(arguments.evidence)]  # where that writes, not what is built
+    elif arguments.evidence:  # before the configs are read from it
+        print(f"{arguments.evidence} is now {evidence.adopt(arguments.evidence).relative_to(ROOT)}")
     environment.enter(ROOT)
     if arguments.command == "profile":
         from tests.bench import profile

@@ -90,10 +90,10 @@ def lbg_fused_async(
     offs_k = gl.arange(0, TILE_K, gl.SliceLayout(0, copies))[None, :]
     rows_x = tile_m * TILE_M + gl.arange(0, TILE_M, gl.SliceLayout(1, copies))
     rows_w = tile_n * TILE_N + weight_row(gl.arange(0, TILE_N, gl.SliceLayout(1, copies)), WARPS_N, PAIRS)
-    # Rows past the edge read the last row again, and what they compute is not stored. Few rows are masked besides: with
-    # M=1 all of a tile would ask L2 for the same bytes.
-    x_ptrs = x_ptr + (gl.minimum(rows_x, M - 1).to(gl.int64)[:, None] * stride_xm + offs_k)
-    w_ptrs = weight_ptr + (gl.minimum(rows_w, N - 1).to(gl.int64)[:, None] * stride_wn + offs_k)
+    # Rows past the edge read the first rows again, and what they compute is not stored. Not one row: L2 would be asked
+    # for the same bytes by all of them. Few rows are masked besides.
+    x_ptrs = x_ptr + ((rows_x % M).to(gl.int64)[:, None] * stride_xm + offs_k)
+    w_ptrs = weight_ptr + ((rows_w % N).to(gl.int64)[:, None] * stride_wn + offs_k)
     x_end = K
     if TILE_M <= 64:
         x_end = (rows_x < M).to(gl.int32)[:, None] * K

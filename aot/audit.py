@@ -79,6 +79,14 @@ def targets(artifact: Artifact, chip: Chip) -> list[Target]:
     return rows
 
 
+def ruled_out(artifact: Artifact) -> str | None:
+    """Why a candidate for sm_89 is not worth a GPU's time; None if it is, and for an arch without static targets."""
+    if artifact.config.arch != 89 or not artifact.config.aligned:
+        return None
+    missed = next((target for target in targets(artifact, REFERENCE[89]) if not target.holds), None)
+    return missed and f"{missed.what}: {missed.value:g}, wanted {missed.bound}"
+
+
 def kernel_row(artifact: Artifact, chip: Chip) -> dict[str, Any]:
     config, report = artifact.config, artifact.report
     step, held = model.step(config, report, chip), bounds(config, artifact, chip)

@@ -1,5 +1,6 @@
 """Which kernels are shipped: one row is one compiled kernel, and `CONFIGS` yields them all.
 
+The tiles stand in evidence_sm_XY.json, each with the measurements that earned it; `python3 build.py tune` writes them.
 A row owns its names: symbol, cubin file, table row and log text derive from it.
 """
 
@@ -10,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
-from aot import BuildError, chips
+from aot import BuildError, chips, evidence, rules
+from aot.evidence import ARCHS
 
-ARCHS = (89, 90)
 ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 # (x, weight, result): 16-bit x with its own dtype as weight, or float32 x rounded in the kernel to the weight's.
 DTYPES = tuple(
@@ -113,103 +114,69 @@ def ws(m: int, n: int, k: int, stages: int, parts: int) -> Tile:
     return Tile(m, n, k, 12, stages, parts, kernel="ws")
 
 
-# What is shipped for sm_89, by the dtype of x and the mode, from large M to small: kinds of class x16, x32, acc16
-# (whose K step is a multiple of its chunk) and acc16 of a float32 x. Times are medians on one H200 through the
-# verification build, N=K=4096, float16 result, the kernel that the row replaced in brackets; large M in ms, small M in
-# us by graph replay with a cold L2. What decides is the SASS: issue slots besides the matrix instructions, as a share
-# of the cycles that those take on a 4090, and CTAs an SM there.
-ADA = {
-    "x16": (
-        async_(128, 128, 32, 2, 2, 3, 16),  # M=16384: 1.365 [1.491]; slots 1.7 %, 2 CTAs
-        async_(128, 64, 64, 2, 2, 4, 32),  # M=256: 31.5 [37]
-        async_(64, 32, 128, 2, 2, 4, 64),  # M=64: 15.5 [17.0]
-        async_(16, 32, 128, 1, 4, 8, 128),  # M=16: 11.9 [12.7]; M=1: 11.6 [17.2]
-    ),
-    "x32": (
-        async_(128, 256, 32, 2, 4, 4, 16),  # M=16384: 1.902 [1.982]; slots 2.6 %, 4 stages
-        # async ones lose: M=256 55 us for 49, M=64 30 for 24, M=16 20 for 16
-        Tile(64, 64, 64, 4, 3),
-        Tile(64, 32, 128, 4, 3),
-        Tile(16, 32, 256, 4, 3),
-    ),
-    "acc16": (
-        # For the 4090, where 128x64 would be held up by L2 (12.9 GB at M=16384, for 8.6): slots 17 %, 3 stages. On a
-        # Hopper GPU, whose L2 is faster and whose fp16 accumulation is not, 1.86 [1.56].
-        async_(128, 128, 64, 2, 4, 3, 64),
-        async_(64, 64, 64, 2, 2, 3, 64),  # M=256: 33.2 [38.5]
-        async_(64, 32, 64, 2, 2, 8, 64),
-        async_(16, 32, 256, 1, 4, 4, 64),  # M=1: 12.1
-    ),
-    "acc16, x32": (
-        Tile(128, 64, 64, 4, 3),
-        # 64x64x64 would take 52 % of the matrix cycles for its other instructions, 64x32x64 75 %
-        Tile(16, 64, 64, 4, 3),
-    ),
-}
-# The same where the result's rows are off 16 bytes, so that its stores are single elements. M=4097, N=4095, K=4088, in
-# ms: x16 0.53 [1.57 of the generic kernel], acc16 0.57 [2.49].
-ADA_ANY_OUT = {
-    "x16": (async_(128, 128, 32, 2, 2, 3, 16, 2), Tile(64, 32, 128, 4, 4)),
-    "x32": (Tile(128, 128, 32, 4, 3, 4), Tile(64, 32, 128, 4, 3)),
-    "acc16": (async_(128, 128, 64, 2, 4, 3, 64, 2), Tile(16, 64, 64, 4, 3)),
-    "acc16, x32": (Tile(128, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
-}
-
-
-def hopper(x_bytes: int, out_bytes: int) -> tuple[Tile, ...]:
-    """What is shipped for sm_90. Times in us are medians on one H200, float16: those with cuBLAS's bare product in
-    brackets of one benchmark run, N=K=4096 (docs/benchmarks); those against the next best kernel of one run of
-    tests.bench.fit, M x N x K."""
-    parts = out_bytes  # keeps the buffers of a 256-wide tile's result at 16 KB a consumer
-    if x_bytes == 4:
-        return (
-            ws(128, 256, 64, 3, parts),  # M=16384, float32 result: 1158 [862 with the cast]
-            ring(64, 128, 64, 8, 6, 64),  # M=256: 28.8 [20.2]
-            ring(64, 64, 64, 8, 8, 64),
-            ring(64, 32, 128, 8, 5, 16),  # M=64: 19.5 [13.9]; M=16: 19.0 [15.3]
-        )
-    return (
-        # The widest accumulator that two consumers hold, as many stages as fit beside the result's buffers.
-        ws(128, 256, 64, 4, parts),  # M=16384: 803 [771], float32 result 824; M=4096: 194 [181]; M=1024: 50.9 [47.0]
-        ws(128, 128, 64, 6, out_bytes // 2),  # 3149x2632x344: 24.0 against 28.7; 2074x6304x72: 23.6 against 27.0
-        ring(128, 128, 64, 12, 6 if out_bytes == 2 else 5, 128),  # 696x6664x11248: 195 against 236
-        ring(64, 128, 64, 8, 8, 64),  # M=256: 15.6 [17.8]; 256x4096x4096: 15.6 against 22.2
-        ring(64, 64, 128, 8, 6, 64),  # 1099x224x12096: 22.2 against 26.5
-        ring(64, 32, 128, 8, 8, 64),  # M=64: 11.8 [12.0]; 64x4096x4096: 11.7 against 12.2
-        ring(64, 128, 64, 8, 8, 16),  # 3x9400x1080: 9.3 against 11.0
-        ring(64, 32, 128, 8, 8, 16),  # 16x4096x4096: 11.4 against 14.8; 1x4096x4096: 11.6 against 14.6
-    )
-
-
-# An earlier form of the first took 263 us at 4097x4095x4088, where the aligned 4096x4096x4096 took 205 and cuBLAS's
-# product 1361 for the ragged one; the first itself takes 2.6 % longer than its aligned twin at M=16384, N=K=4096.
-def hopper_any_out(x_bytes: int, out_bytes: int) -> tuple[Tile, ...]:
-    return hopper(x_bytes, out_bytes)[0], ring(64, 64, 64, 8, 8, 64)
-
-
-# Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements.
+# Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements. By
+# fp16_accumulate. It closes every class and is no row of the evidence: the tuner holds all others against it.
 GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
 # Arches whose matrix units are faster at fp16 accumulation. Elsewhere fp16_accumulate permits what would gain nothing,
 # and dispatch takes the kernels that accumulate in float32.
 FP16_ACCUMULATE_ARCHS = (89,)
 
 
-def configs() -> Iterator[Config]:
-    for arch in ARCHS:
-        for x, weight, out in DTYPES:
-            for mode in (False, True) if weight == "f16" and arch in FP16_ACCUMULATE_ARCHS else (False,):
-                if arch == 90:
-                    widths = ELEMENT_BYTES[x], ELEMENT_BYTES[out]
-                    fast, any_out = hopper(*widths), hopper_any_out(*widths)
-                else:
-                    kind = ("acc16, x32" if x == "f32" else "acc16") if mode else "x32" if x == "f32" else "x16"
-                    fast, any_out = ADA[kind], ADA_ANY_OUT[kind]
-                promises = [(True, True)] * len(fast) + [(True, False)] * len(any_out) + [(False, False)]
-                for tile, (aligned, out_aligned) in zip((*fast, *any_out, GENERIC[mode]), promises):
-                    yield Config(arch, x, weight, out, mode, aligned, **asdict(tile), out_aligned=out_aligned)
+def kind_of(arch: int, x: str, out: str, fp16_accumulate: bool) -> str:
+    """The kind of class, whose classes share their tiles: bfloat16 runs float16's instructions with another type. On
+    sm_90 a tile's result has a buffer in shared memory, so that there its width counts too."""
+    names = ["acc16"] if fp16_accumulate else []
+    names += ["x32"] if x == "f32" else [] if fp16_accumulate else ["x16"]
+    return ", ".join(names + (["out32"] if arch == 90 and out == "f32" else []))
 
 
-CONFIGS = tuple(configs())
+def classes(arch: int) -> Iterator[tuple[str, str, str, bool]]:
+    """(x, weight, result, fp16_accumulate) of every class that the arch has kernels of its own for."""
+    for x, weight, out in DTYPES:
+        for mode in (False, True) if weight == "f16" and arch in FP16_ACCUMULATE_ARCHS else (False,):
+            yield x, weight, out, mode
+
+
+def config_of(arch: int, dtypes: tuple[str, str, str, bool], tile: Tile, promise: str) -> Config:
+    """The row of a class; `promise` is what it relies on: "rows", "any_out" or "any"."""
+    aligned, out_aligned = {"rows": (True, True), "any_out": (True, False), "any": (False, False)}[promise]
+    return Config(arch, *dtypes, aligned, **asdict(tile), out_aligned=out_aligned)
+
+
+def shipped(arch: int, rows: evidence.Rows) -> Iterator[Config]:
+    """Class by class: the kind's tiles from large M to small, those that store anywhere, the conservative one."""
+    for dtypes in classes(arch):
+        x, _, out, mode = dtypes
+        kind = kind_of(arch, x, out, mode)
+        if kind not in rows:
+            raise BuildError(f"evidence_sm_{arch}.json has no kind {kind!r}; it has {', '.join(rows)}")
+        for promise in evidence.PROMISES:
+            for row in rows[kind][promise]:
+                yield config_of(arch, dtypes, tile_of(row), promise)
+        yield config_of(arch, dtypes, GENERIC[mode], "any")
+
+
+def tile_of(row: evidence.Row) -> Tile:
+    try:
+        return Tile(**row.tile)
+    except TypeError as error:
+        raise BuildError(f"evidence: {row.tile} is no tile: {error}") from None
+
+
+def check_evidence(arch: int, rows: evidence.Rows) -> list[str]:
+    """Raises BuildError for a row outside the user's sets that nothing has earned; returns what is still to measure."""
+    found = []
+    for kind, promises in rows.items():
+        for promise, some in promises.items():
+            for row in some:
+                tile = tile_of(row)
+                name = f"sm_{arch}, {kind}, {promise}: {tile.tile_m}x{tile.tile_n}x{tile.tile_k} {tile.kernel}"
+                found.append(rules.check_earned(name, tile, row.evidence, row.pending))
+    return list(filter(None, found))
+
+
+ROWS = {arch: evidence.rows(evidence.read(arch)) for arch in ARCHS}
+CONFIGS = tuple(config for arch in ARCHS for config in shipped(arch, ROWS[arch]))
 MOST_IN_REGIME = 4
 
 

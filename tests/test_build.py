@@ -414,13 +414,14 @@ def test_a_measured_cost_is_taken_and_compiles_nothing_again(tmp_path: Path, mon
 def test_a_file_of_costs_is_read_by_symbol(
     small: compile.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aot.costs.__file__", str(tmp_path / "costs.py"))
-    costs.measured.cache_clear()
     expected = model.cost(SMALL, small.report, REFERENCE[89])
     row = {"cost": asdict(expected) | {"launch_us": 9.0}, "rms": 0.02}
-    tmp_path.joinpath("costs_sm_89.json").write_text(json.dumps({"kernels": {SMALL.symbol: row}}))
+    for arch, kernels in ((89, {SMALL.symbol: row}), (90, {})):
+        written = {"arch": f"sm_{arch}", "tune": {"kinds": {}, "costs": {"kernels": kernels}}}
+        tmp_path.joinpath(f"evidence_sm_{arch}.json").write_text(json.dumps(written))
+    monkeypatch.setattr("aot.evidence.path_of", lambda arch: tmp_path / f"evidence_sm_{arch}.json")
+    costs.measured.cache_clear()
     assert costs.cost(SMALL, small.report).launch_us == 9.0
-    assert costs.cost(replace(SMALL, out="f32"), small.report) == model.cost(
-        replace(SMALL, out="f32"), small.report, REFERENCE[89]
-    )
+    other = replace(SMALL, out="f32")
+    assert costs.cost(other, small.report) == model.cost(other, small.report, REFERENCE[89])
     costs.measured.cache_clear()

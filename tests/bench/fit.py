@@ -1,11 +1,12 @@
 """Measures this GPU's shipped kernels, fits the constants of their predicted times, and tells how good the choices are.
 
-    python -m tests.bench.fit --fit aot/costs_sm_90.json     measures every kernel over a grid, writes its constants
+    python -m tests.bench.fit --fit aot/evidence_sm_90.json  measures every kernel over a grid, writes its constants
     python -m tests.bench.fit --validate                     on other shapes: the chosen kernel against the best one
 
 --times FILE keeps what was measured and --from FILE takes it instead of a GPU; with --validate --from, --costs FILE
-chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for and no triton. Every result is
-checked before it is timed. Times are medians of rounds in random order, of graphs whose weights are not in L2.
+(evidence) chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for and no triton. Every
+result is checked before it is timed. Times are medians of rounds in random order, of graphs whose weights are not in
+L2.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 import lbg
+from aot import evidence
+from aot.fitting import CONSTANTS, HOPELESS, Time, by_shape, fit_all, predicted_us
 from tests import cases
 from tests.bench.machine import facts
 from tests.cases import CLASSES, Case
@@ -37,21 +40,8 @@ BENCHMARKS = tuple((m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096, 16384))
 COMMAND = "python -m tests.bench.fit --fit"
 LONGEST = 16384
 POOL_ELEMENTS = LONGEST * LONGEST
-HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
 # of a check against float64: float32 accumulation over K=16384, or float16 partial sums; a wrong tile is far above
 ERROR_BOUND = 2e-3
-
-
-@dataclass(frozen=True)
-class Time:
-    """One kernel on one shape."""
-
-    m: int
-    n: int
-    k: int
-    symbol: str
-    us: float
-    chosen: bool  # by the wheel's dispatch
 
 
 @dataclass(frozen=True)
@@ -145,24 +135,61 @@ def sample_check(case: Case, arguments: cases.Arguments) -> Callable[[str, Tenso
     return check
 
 
+class KernelError(RuntimeError):
+    """A kernel after which CUDA answers nothing but errors: only a new process can go on."""
+
+    def __init__(self, symbol: str, error: str) -> None:
+        super().__init__(error)
+        self.symbol = symbol
+
+
+def copies_of(case: Case) -> int:
+    """How many weights a graph may go through, so that none is in L2 when its turn comes."""
+    return max(1, min(16, POOL_ELEMENTS // (case.n * case.k)))
+
+
+def explain(case: Case, arguments: cases.Arguments) -> lbg.Explanation:
+    x, weight, *_ = arguments
+    return lbg.explain(x, weight, out_dtype=case.out, fp16_accumulate=case.fp16_accumulate)
+
+
 def measure(bench: Bench, case: Case, order: random.Random, rounds: int = 7) -> list[Time]:
     """Every kernel that takes the case (the generic one only where no other does): checked, then timed."""
-    most = max(1, min(16, POOL_ELEMENTS // (case.n * case.k)))
-    arguments, out = bench.arguments(case, most), bench.out(case)
-    x, weight, *_ = arguments[0]
-    explanation = lbg.explain(x, weight, out_dtype=case.out, fp16_accumulate=case.fp16_accumulate)
+    explanation = explain(case, bench.arguments(case, 1)[0])
     legal = [candidate.config for candidate in explanation.candidates if candidate.why_not is None]
     rows = [config for config in legal if config.aligned] or legal
+    medians, wrong = time_kernels(bench, case, [row.symbol for row in rows], order, rounds)
+    if wrong:
+        raise RuntimeError(next(iter(wrong.values())))
+    return [Time(case.m, case.n, case.k, row.symbol, medians[row.symbol], row == explanation.chosen) for row in rows]
+
+
+def time_kernels(
+    bench: Bench, case: Case, symbols: list[str], order: random.Random, rounds: int = 7
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(median us of each kernel that is right, what is wrong with each other one): checked first, then in turns."""
+    arguments, out = bench.arguments(case, copies_of(case)), bench.out(case)
     medians: dict[str, float] = {}
+    wrong: dict[str, str] = {}
     check = sample_check(case, arguments[0])
-    for row in rows:
-        with lbg.override(row.symbol):
-            out.fill_(torch.nan)
-            call(case, arguments[0], out)
-            check(row.symbol, out)
-            medians[row.symbol] = timed_us(lambda: call(case, arguments[0], out), bench.evict)
+    for symbol in symbols:
+        with lbg.override(symbol):
+            try:
+                out.fill_(torch.nan)
+                call(case, arguments[0], out)
+                check(symbol, out)
+            except RuntimeError as error:
+                try:
+                    torch.cuda.synchronize()
+                except RuntimeError as lasting:
+                    raise KernelError(symbol, str(lasting)) from error
+                wrong[symbol] = str(error)
+                continue
+            medians[symbol] = timed_us(lambda: call(case, arguments[0], out), bench.evict)
+    if not medians:
+        return {}, wrong
     best = min(medians.values())
-    copies = max(1, min(most, round(300 / best)))
+    copies = max(1, min(len(arguments), round(300 / best)))
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for symbol, us in medians.items():
         if us <= HOPELESS * max(best, 50):  # a first call of less is mostly the host's
@@ -174,8 +201,7 @@ def measure(bench: Bench, case: Case, order: random.Random, rounds: int = 7) -> 
     for _ in range(rounds if best < 2000 else 3):
         for symbol, graph in order.sample(list(graphs.items()), len(graphs)):
             times[symbol].append(timed_us(graph.replay, bench.evict) / copies)
-    medians |= {symbol: statistics.median(values) for symbol, values in times.items()}
-    return [Time(case.m, case.n, case.k, row.symbol, medians[row.symbol], row == explanation.chosen) for row in rows]
+    return medians | {symbol: statistics.median(values) for symbol, values in times.items()}, wrong
 
 
 def measure_all(wanted: list[Case]) -> Run:
@@ -203,141 +229,6 @@ def validation_cases(count: int) -> list[Case]:
     benchmarks = [cases.of_class(Case(*shape), kind) for kind in CLASSES for shape in BENCHMARKS]
     drawn = random_shapes(count, seed=2)
     return benchmarks + [cases.of_class(Case(*shape), CLASSES[i % len(CLASSES)]) for i, shape in enumerate(drawn)]
-
-
-# ---- fitting
-
-CONSTANTS = (
-    "launch_us", "wave_us", "step_us", "latency_us", "crowd_us", "off_us", "fill_us", "box_us", "dram_bytes_per_us"
-)  # fmt: skip
-ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
-USUAL = 0.05  # a relative error of the formula
-
-
-def coefficients(config: lbg.Config, shapes: np.ndarray, sm_count: int, linear: np.ndarray) -> np.ndarray:
-    """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us while no maximum in it changes sides.
-
-    `linear` is CONSTANTS, but the last of them inverted.
-    """
-    m, n, k = shapes.T
-    x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
-    ctas = -(-m // config.tile_m) * -(-n // config.tile_n)
-    steps = -(-k // config.tile_k)
-    most = sm_count * config.ctas_per_sm
-    whole, rest = ctas // most, ctas % most
-    off = (np.where(m > 1, k * x, 0) | np.where(n > 1, k * weight, 0)) % 32 != 0
-    boxes = -(-np.minimum(m, config.tile_m) // config.x_box) if config.x_box else 1
-    busy, memory = np.zeros((2, len(shapes), len(CONSTANTS)))
-    for waves, at_once in ((whole, most), (rest > 0, rest)):
-        fullest, per_sm = -(-at_once // sm_count), at_once / sm_count
-        by_step = fullest * linear[2] > linear[3]
-        busy[:, 1] += waves
-        busy[:, 2] += waves * steps * np.where(by_step, fullest, 0)
-        busy[:, 3] += waves * steps * np.where(by_step, 0, 1)
-        busy[:, 4] += waves * steps * per_sm
-        busy[:, 5] += waves * steps * per_sm * off
-        busy[:, 6] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
-        busy[:, 7] += waves * steps * (boxes - 1)
-    memory[:, 8] = (m * k * x + n * k * weight + m * n * out) / sm_count
-    longer = (busy @ linear > memory @ linear)[:, None]
-    rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
-    rows[:, 0] = 1
-    return rows
-
-
-def linear_of(cost: dict[str, float]) -> np.ndarray:
-    *most, dram_bytes_per_us = (cost[name] for name in CONSTANTS)
-    return np.array([*most, 1 / dram_bytes_per_us])
-
-
-def predicted_us(config: lbg.Config, shapes: np.ndarray, sm_count: int, cost: dict[str, float]) -> np.ndarray:
-    linear = linear_of(cost)
-    return coefficients(config, shapes, sm_count, linear) @ linear
-
-
-def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """min |rows @ v - wanted| over v >= 0: what would be most negative is left out until nothing is."""
-    size = np.linalg.norm(rows, axis=0)
-    found = np.zeros_like(size)
-    kept = np.flatnonzero(size)
-    while len(kept):
-        part = np.linalg.lstsq(rows[:, kept] / size[kept], wanted, rcond=1e-10)[0]
-        if part.min() >= 0:
-            found[kept] = part / size[kept]
-            break
-        kept = np.delete(kept, part.argmin())
-    return found
-
-
-def fit(config: lbg.Config, shapes: np.ndarray, us: np.ndarray, weight: np.ndarray, sm_count: int) -> np.ndarray:
-    """The constants of least weighted relative error: linear least squares again and again, for the sides of the maxima
-    that the last constants took. An error beyond USUAL counts by its size and no more by its square: what the formula
-    does not know of, such as the power limit, should not bend the rest."""
-    own = linear_of(asdict(config))
-    # A constant that no time depends on stays the wheel's: to be off by all of itself costs as much as TIE of a time.
-    ties = TIE * np.diag(1 / np.maximum(own, 1e-12)) * (own > 0)
-    tied = TIE * (own > 0)
-    best, best_error = own, math.inf
-    for latency in (0.5, 1.0, 2.0, 4.0):
-        linear = own * np.where(np.arange(len(own)) == CONSTANTS.index("latency_us"), latency, 1)
-        for _ in range(30):
-            relative = coefficients(config, shapes, sm_count, linear) / us[:, None]
-            off = relative @ linear - 1
-            size = np.sqrt(1 + (off / USUAL) ** 2)
-            error = float(np.sum(2 * (weight * USUAL) ** 2 * (size - 1)) + np.sum((ties @ linear - tied) ** 2))
-            if error < best_error:
-                best, best_error = linear, error
-            heed = weight / np.sqrt(size)
-            rows = np.concatenate([relative * heed[:, None], ties])
-            last, linear = linear, (linear + least_squares(rows, np.concatenate([heed, tied]))) / 2
-            if np.allclose(last, linear, rtol=1e-4):
-                break
-    return best
-
-
-def by_shape(run: Run) -> list[list[Time]]:
-    """The times of one shape and class together. Of a kernel that serves two classes, the shorter of its two times."""
-    groups: dict[tuple[object, ...], dict[str, Time]] = {}
-    for time in run.times:
-        config = run.kernels[time.symbol]
-        kind = (config.x, config.weight, config.out, config.fp16_accumulate)
-        group = groups.setdefault((time.m, time.n, time.k, *kind), {})
-        group[time.symbol] = min(time, group.get(time.symbol, time), key=lambda t: t.us)
-    return [list(group.values()) for group in groups.values()]
-
-
-def fit_all(run: Run) -> dict[str, dict[str, Any]]:
-    """By symbol: constants, over how many shapes, and what is left of their times: rms and worst relative error."""
-    groups = by_shape(run)
-    best = {id(time): min(t.us for t in group) for group in groups for time in group}
-    found: dict[str, dict[str, Any]] = {}
-    for symbol, config in run.kernels.items():
-        every = [t for group in groups for t in group if t.symbol == symbol]
-        if not every:
-            continue  # a generic kernel: it ran nowhere, and runs where nothing else does
-        times = [t for t in every if t.us < HOPELESS * best[id(t)]]
-        times = times if len(times) > 2 * len(CONSTANTS) else every
-        shapes, us = np.array([(t.m, t.n, t.k) for t in times]), np.array([t.us for t in times])
-        # Where a kernel may be chosen, its time matters most.
-        weight = (np.array([best[id(t)] for t in times]) / us) ** 2
-        linear = fit(config, shapes, us, weight, run.sm_count)
-        off = coefficients(config, shapes, run.sm_count, linear) @ linear / us - 1
-        values = [float(f"{value:.4g}") for value in linear[:-1]] + [round(1 / max(linear[-1], 1e-9))]
-        found[symbol] = {
-            "cost": dict(zip(CONSTANTS, values)),
-            "shapes": len(times),
-            "rms": round(float(np.sqrt(np.mean(off**2))), 3),
-            "worst": round(float(np.abs(off).max()), 3),
-        }
-    return found
-
-
-def lines(head: dict[str, Any], fitted: dict[str, dict[str, Any]]) -> str:
-    """JSON with a line for each thing that is said of them all, and one for each kernel."""
-    said = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
-    rows = ",\n".join(f"  {json.dumps(symbol)}: {json.dumps(row)}" for symbol, row in fitted.items())
-    return f'{{\n{said}"kernels": {{\n{rows}\n}}}}\n'
 
 
 # ---- judging
@@ -388,10 +279,17 @@ def all_costs(run: Run, fitted: dict[str, dict[str, Any]]) -> dict[str, dict[str
     }
 
 
+def write_costs(path: Path, run: Run, costs: dict[str, Any]) -> None:
+    """Puts them into the file's section `tune`, beside its rows."""
+    arch = next(iter(run.kernels.values())).arch
+    tune = evidence.read(arch, path if path.exists() else None)["tune"]
+    evidence.write_section(path, arch, "tune", tune | {"costs": costs})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--fit", type=Path, metavar="COSTS", help="where to write the constants: aot/costs_sm_XY.json")
+    what.add_argument("--fit", type=Path, metavar="FILE", help="where to write the constants: aot/evidence_sm_XY.json")
     what.add_argument("--validate", action="store_true", help="tell how far the choices are from the best")
     parser.add_argument("--times", type=Path, help="where to keep what is measured")
     parser.add_argument("--from", type=Path, dest="source", metavar="TIMES", help="take these times: needs no GPU")
@@ -407,13 +305,13 @@ def main() -> None:
             run = measure_all(wanted)
     if arguments.times:
         run.save(arguments.times)
-    fitted = json.loads(arguments.costs.read_text())["kernels"] if arguments.costs else None
+    fitted = json.loads(arguments.costs.read_text())["tune"]["costs"]["kernels"] if arguments.costs else None
     if arguments.fit:
         if strange := [symbol for symbol, config in run.kernels.items() if config.compiled_arch != config.arch]:
             raise RuntimeError(f"{strange[0]} is a verification build's: its times are no GPU's that it is shipped for")
         fitted = fit_all(run)
         head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": f"{COMMAND} {arguments.fit}"}
-        arguments.fit.write_text(lines(head | {"facts": run.facts}, fitted))
+        write_costs(arguments.fit, run, head | {"facts": run.facts, "kernels": fitted})
         print(f"{len(fitted)} of {len(run.kernels)} kernels fitted: rms and worst relative error")
         for symbol, row in fitted.items():
             print(f"  {row['rms']:6.1%} {row['worst']:6.1%}  {symbol:<56} {row['shapes']} shapes  {row['cost']}")

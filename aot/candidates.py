@@ -1,0 +1,234 @@
+"""What the tuner compiles and measures: tiles around the shipped families, a kind of class at a time.
+
+One enumerator yields all; what it leaves out it yields too, with the reason. A tile is tried in one class of its kind,
+the float16 one: bfloat16 runs the same instructions, and on sm_89 a float32 result hardly differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+
+from aot import BuildError, rules
+from aot.configs import CHIPS, ELEMENT_BYTES, GENERIC, ROWS, Config, Tile, classes, config_of, kind_of, tile_of
+
+DTypes = tuple[str, str, str, bool]  # (x, weight, result, fp16_accumulate)
+INPUTS = 4  # distinct: x, weight, scale, shift
+REGISTERS = 255  # most that a thread can have
+MOST_ACCUMULATORS = 128  # of them: the rest holds operands, addresses and the epilogue
+SYSTEM_SHARED_BYTES = 1024  # of a block, which it does not see
+BARRIER_BYTES = 256  # at most, of a ring's mbarriers and of the roles of its warps
+MOST_STAGES = 8  # beyond, nothing was ever gained
+FP16_CHUNK = 64  # aot/kernels.py's, which a tile kernel's K step must be
+
+
+@dataclass(frozen=True)
+class Candidate:
+    config: Config
+    why: str  # what had it tried
+
+
+@dataclass(frozen=True)
+class Excluded:
+    name: str
+    why: str
+
+
+def representative(arch: int) -> dict[str, DTypes]:
+    """By kind of class, the one that its candidates are compiled and measured in."""
+    found: dict[str, DTypes] = {}
+    for dtypes in classes(arch):
+        x, weight, out, mode = dtypes
+        if weight == "f16":
+            found.setdefault(kind_of(arch, x, out, mode), dtypes)
+    return found
+
+
+def candidates(arch: int, kind: str, promise: str) -> Iterator[Candidate | Excluded]:
+    """The shipped tiles, then others of their families, then plain Triton tiles of 4 warps and 2 stages.
+
+    The last are what the user's rules start from: follow_ups() names the next to compile once their registers are
+    known. Two tiles of one symbol cannot be told apart by a dispatch that goes by name: the first is tried.
+    """
+    dtypes = representative(arch)[kind]
+    seen: dict[str, Tile] = {}
+    for tile, why in _tiles(arch, kind, dtypes, promise):
+        name = f"{kind}, {promise}: {describe(tile)}"
+        config = config_of(arch, dtypes, tile, promise)
+        if reason := why_not(config):
+            yield Excluded(name, reason)
+        elif config.symbol in seen:
+            if seen[config.symbol] != tile:
+                yield Excluded(name, f"another tile is called {config.symbol} too")
+        else:
+            seen[config.symbol] = tile
+            yield Candidate(config, why)
+
+
+def conservative(arch: int, kind: str) -> Config:
+    """The row that closes the kind's classes, which all others are held against."""
+    dtypes = representative(arch)[kind]
+    return config_of(arch, dtypes, GENERIC[dtypes[3]], "any")
+
+
+def follow_ups(config: Config, facts: rules.Facts) -> Iterator[Candidate]:
+    """What the user's rules have tried next of a plain tile, compiled with 4 warps and 2 stages."""
+    for trial in rules.trials(facts):
+        if (trial.warps, trial.stages) != (config.warps, config.stages):
+            fields_of = asdict(config) | {"warps": trial.warps, "stages": trial.stages}
+            yield Candidate(Config(**fields_of), trial.why)
+
+
+def tile_from(config: Config) -> Tile:
+    """The tile of a config, which all classes of its kind share."""
+    return Tile(**{field.name: getattr(config, field.name) for field in fields(Tile)})
+
+
+def describe(tile: Tile) -> str:
+    box = f", boxes of {tile.x_box}" if tile.x_box else ""
+    return f"{tile.tile_m}x{tile.tile_n}x{tile.tile_k} {tile.kernel}, {tile.warps} warps, {tile.stages} stages{box}"
+
+
+def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple[Tile, str]]:
+    for row in ROWS[arch][kind][promise]:
+        yield tile_of(row), "shipped"
+    few = promise == "any_out"  # the last resort of an aligned call, and no other's: the main shapes are enough
+    if arch == 90:
+        yield from ((tile, "ws") for tile in _ws(dtypes, few))
+        yield from ((tile, "ring") for tile in _ring(dtypes, few))
+    else:
+        yield from ((tile, "async") for tile in _async(arch, dtypes, few))
+    yield from ((tile, "plain, for the user's rules") for tile in _plain(dtypes, few))
+
+
+# ---- sm_89: aot/ada.py
+
+# (tile_m, tile_n): K steps. Few rows wait for the weight: a deep step has more of it on its way.
+ASYNC_SHAPES = {
+    (256, 128): (32,), (128, 256): (32, 64), (128, 128): (32, 64), (128, 64): (32, 64), (64, 128): (64,),
+    (64, 64): (64, 128), (64, 32): (64, 128), (32, 64): (64, 128), (32, 32): (128,), (16, 128): (64,),
+    (16, 64): (64, 128), (16, 32): (128, 256),
+}  # fmt: skip
+ASYNC_FEW = ((128, 128), (128, 64), (64, 64), (64, 32))
+
+
+def _async(arch: int, dtypes: DTypes, few: bool) -> Iterator[Tile]:
+    """4 warps with two CTAs an SM where that leaves two stages or more, and 8 warps with one for the large tiles."""
+    x, _, out, fp16_accumulate = dtypes
+    for (m, n), steps in ASYNC_SHAPES.items():
+        if few and (m, n) not in ASYNC_FEW:
+            continue
+        for k in sorted({max(k, FP16_CHUNK) for k in steps} if fp16_accumulate else set(steps)):
+            for warps in (4, 8) if m * n == 128 * 128 else (8,) if m * n > 128 * 128 else (4,):
+                for ctas in (2, 1) if warps == 4 else (1,):
+                    stages = min(MOST_STAGES, _async_stages(arch, x, m, n, k, ctas))
+                    if stages >= 3 or ctas == 1:  # two of two CTAs hide less than more of one
+                        yield _async_tile(m, n, k, warps, stages, ELEMENT_BYTES[out] if few else 1)
+                        break
+
+
+def _async_stages(arch: int, x: str, m: int, n: int, k: int, ctas: int) -> int:
+    """As many as shared memory holds for that many CTAs an SM; a float32 x has two buffers, however long the ring."""
+    chip = CHIPS[arch]
+    room = min(chip.shared_block_bytes, chip.shared_bytes // ctas - SYSTEM_SHARED_BYTES)
+    fixed, each = (2 * m * k * 2, n * k * 2) if x == "f32" else (0, (m + n) * k * 2)
+    return (room - fixed) // each
+
+
+def _async_tile(m: int, n: int, k: int, warps: int, stages: int, out_bytes: int) -> Tile:
+    warps_m = 1 if m == 16 else warps // 2 if m > n else 2
+    # As deep as two sets of operands fit beside the accumulators.
+    operands = m // warps_m + n // (warps // warps_m)
+    unit_k = max(u for u in (16, 32, 64, 128, 256) if u == 16 or (u <= k and _held(m, n, warps, operands, u) <= 200))
+    parts = out_bytes if m * n // (warps * 32) >= MOST_ACCUMULATORS else 1
+    return Tile(m, n, k, warps, stages, parts, kernel="async", warps_m=warps_m, unit_k=unit_k)
+
+
+def _held(m: int, n: int, warps: int, operands: int, unit_k: int) -> int:
+    """Registers of a thread: its accumulators, and operands twice."""
+    return m * n // (warps * 32) + 2 * operands * unit_k // 64
+
+
+# ---- sm_90: aot/hopper.py
+
+# (tile_m, tile_n, K step): rows of x that a load brings.
+RING_SHAPES = {
+    (64, 32, 64): (16, 64), (64, 32, 128): (16, 32, 64), (64, 32, 256): (16,), (64, 64, 64): (16, 64),
+    (64, 64, 128): (16, 64), (64, 128, 64): (16, 64), (64, 128, 128): (64,), (64, 256, 64): (64,),
+    (128, 64, 64): (128,), (128, 128, 64): (64, 128), (128, 256, 64): (128,),
+}  # fmt: skip
+RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 128, 64), (128, 128, 64))
+WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 128, 128), (128, 64, 64), (256, 128, 64), (256, 64, 64))
+WS_FEW = WS_SHAPES[:2]
+WS_BUFFER_BYTES = 16384  # of a consumer's part of a result, on its way out
+
+
+def _ring(dtypes: DTypes, few: bool) -> Iterator[Tile]:
+    """As many stages as fit for one CTA an SM; of the small tiles, for two CTAs besides."""
+    x, _, out, _ = dtypes
+    chip = CHIPS[90]
+    for (m, n, k), boxes in RING_SHAPES.items():
+        if few and (m, n, k) not in RING_FEW:
+            continue
+        each = (m * ELEMENT_BYTES[x] + n * 2) * k
+        result = m * n * ELEMENT_BYTES[out]  # goes through shared memory to another layout
+        for ctas in (1, 2) if (m, n) in ((64, 32), (64, 64)) and k == 64 else (1,):
+            room = min(chip.shared_block_bytes, chip.shared_bytes // ctas - SYSTEM_SHARED_BYTES)
+            stages = min(MOST_STAGES, (room - result - BARRIER_BYTES) // each)
+            for box in boxes[-1:] if few or ctas == 2 else boxes:
+                yield Tile(m, n, k, m // 16 + 4, stages, kernel="ring", x_box=box)
+
+
+def _ws(dtypes: DTypes, few: bool) -> Iterator[Tile]:
+    """As many stages as fit beside the buffers of the result."""
+    x, _, out, _ = dtypes
+    for m, n, k in WS_FEW if few else WS_SHAPES:
+        result = m * n * ELEMENT_BYTES[out]
+        parts = max(1, result // (2 * WS_BUFFER_BYTES))
+        # A float32 x: two buffers as it comes, and one fewer than the weight's as rounded.
+        fixed, each = (2 * m * k * 4 - m * k * 2, (m + n) * k * 2) if x == "f32" else (0, (m + n) * k * 2)
+        room = CHIPS[90].shared_block_bytes - BARRIER_BYTES - result // parts
+        yield Tile(m, n, k, 12, min(MOST_STAGES, (room - fixed) // each), parts, kernel="ws")
+
+
+# ---- both: aot/kernels.py, with the user's warps and stages
+
+PLAIN_SHAPES = ((128, 128, 32), (128, 64, 64), (64, 64, 64), (64, 32, 128), (16, 64, 64))
+PLAIN_FEW = ((128, 128, 32), (64, 32, 128))
+
+
+def _plain(dtypes: DTypes, few: bool) -> Iterator[Tile]:
+    for m, n, k in PLAIN_FEW if few else PLAIN_SHAPES:
+        # The epilogue of the largest tile at once would spill.
+        parts = 4 if m * n >= 128 * 128 else 1
+        yield Tile(m, n, FP16_CHUNK if dtypes[3] else k, *rules.CONSERVATIVE, parts)
+
+
+# ---- what no compiler need be asked
+
+
+def why_not(config: Config) -> str:
+    """Why a config cannot be a kernel; empty if nothing speaks against it before it is compiled."""
+    try:
+        rules.check_tile(config)
+    except BuildError as error:
+        return str(error)
+    least = 1 if config.kernel == "tile" else 2
+    if config.stages < least:
+        return f"shared memory holds {max(0, config.stages)} stages; a {config.kernel} kernel needs {least}"
+    multiplying = (
+        config.warps if config.kernel in ("tile", "async") else 8 if config.kernel == "ws" else config.warps - 4
+    )
+    if (accumulators := config.tile_m * config.tile_n // (multiplying * 32)) > MOST_ACCUMULATORS:
+        return (
+            f"{accumulators} of a thread's {REGISTERS} registers would be accumulators; the most is {MOST_ACCUMULATORS}"
+        )
+    if config.fp16_accumulate and (
+        config.tile_k % FP16_CHUNK or (config.kernel == "tile" and config.tile_k > FP16_CHUNK)
+    ):
+        return f"fp16_accumulate sums chunks of {FP16_CHUNK}: a K step of {config.tile_k} is none, or not one"
+    if config.kernel == "async":
+        warps_n = config.warps // config.warps_m
+        if config.tile_m < 16 * config.warps_m or config.tile_n < 8 * warps_n:
+            return f"{config.warps_m}x{warps_n} warps take 16 rows and 8 columns each, which the tile has not"
+    return ""

@@ -1,0 +1,188 @@
+"""From measured times to the constants of a kernel's predicted time (csrc/lbg.h's predicted_us).
+
+Arithmetic over records, with numpy alone: it runs where the times are taken (tests.bench.fit) and where they are judged
+(aot/tune.py), which may be two machines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
+
+
+@dataclass(frozen=True)
+class Time:
+    """One kernel on one shape."""
+
+    m: int
+    n: int
+    k: int
+    symbol: str
+    us: float
+    chosen: bool  # by the wheel's dispatch
+
+
+class Kernel(Protocol):
+    """Of lbg.Config, what a predicted time depends on; besides, an attribute for each of CONSTANTS."""
+
+    @property
+    def x(self) -> str: ...
+    @property
+    def weight(self) -> str: ...
+    @property
+    def out(self) -> str: ...
+    @property
+    def fp16_accumulate(self) -> bool: ...
+    @property
+    def tile_m(self) -> int: ...
+    @property
+    def tile_n(self) -> int: ...
+    @property
+    def tile_k(self) -> int: ...
+    @property
+    def x_box(self) -> int: ...
+    @property
+    def ctas_per_sm(self) -> int: ...
+
+
+class Run(Protocol):
+    """What a GPU told."""
+
+    @property
+    def sm_count(self) -> int: ...
+    @property
+    def kernels(self) -> Mapping[str, Any]: ...  # Kernel, by symbol
+    @property
+    def times(self) -> Sequence[Time]: ...
+
+
+CONSTANTS = (
+    "launch_us", "wave_us", "step_us", "latency_us", "crowd_us", "off_us", "fill_us", "box_us", "dram_bytes_per_us"
+)  # fmt: skip
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
+USUAL = 0.05  # a relative error of the formula
+
+
+def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.ndarray) -> np.ndarray:
+    """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us while no maximum in it changes sides.
+
+    `linear` is CONSTANTS, but the last of them inverted.
+    """
+    m, n, k = shapes.T
+    x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
+    ctas = -(-m // config.tile_m) * -(-n // config.tile_n)
+    steps = -(-k // config.tile_k)
+    most = sm_count * config.ctas_per_sm
+    whole, rest = ctas // most, ctas % most
+    off = (np.where(m > 1, k * x, 0) | np.where(n > 1, k * weight, 0)) % 32 != 0
+    boxes = -(-np.minimum(m, config.tile_m) // config.x_box) if config.x_box else 1
+    busy, memory = np.zeros((2, len(shapes), len(CONSTANTS)))
+    for waves, at_once in ((whole, most), (rest > 0, rest)):
+        fullest, per_sm = -(-at_once // sm_count), at_once / sm_count
+        by_step = fullest * linear[2] > linear[3]
+        busy[:, 1] += waves
+        busy[:, 2] += waves * steps * np.where(by_step, fullest, 0)
+        busy[:, 3] += waves * steps * np.where(by_step, 0, 1)
+        busy[:, 4] += waves * steps * per_sm
+        busy[:, 5] += waves * steps * per_sm * off
+        busy[:, 6] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
+        busy[:, 7] += waves * steps * (boxes - 1)
+    memory[:, 8] = (m * k * x + n * k * weight + m * n * out) / sm_count
+    longer = (busy @ linear > memory @ linear)[:, None]
+    rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
+    rows[:, 0] = 1
+    return rows
+
+
+def linear_of(cost: dict[str, float]) -> np.ndarray:
+    *most, dram_bytes_per_us = (cost[name] for name in CONSTANTS)
+    return np.array([*most, 1 / dram_bytes_per_us])
+
+
+def predicted_us(config: Kernel, shapes: np.ndarray, sm_count: int, cost: dict[str, float]) -> np.ndarray:
+    linear = linear_of(cost)
+    return coefficients(config, shapes, sm_count, linear) @ linear
+
+
+def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """min |rows @ v - wanted| over v >= 0: what would be most negative is left out until nothing is."""
+    size = np.linalg.norm(rows, axis=0)
+    found = np.zeros_like(size)
+    kept = np.flatnonzero(size)
+    while len(kept):
+        part = np.linalg.lstsq(rows[:, kept] / size[kept], wanted, rcond=1e-10)[0]
+        if part.min() >= 0:
+            found[kept] = part / size[kept]
+            break
+        kept = np.delete(kept, part.argmin())
+    return found
+
+
+def fit(config: Kernel, shapes: np.ndarray, us: np.ndarray, weight: np.ndarray, sm_count: int) -> np.ndarray:
+    """The constants of least weighted relative error: linear least squares again and again, for the sides of the maxima
+    that the last constants took. An error beyond USUAL counts by its size and no more by its square: what the formula
+    does not know of, such as the power limit, should not bend the rest."""
+    own = linear_of({name: getattr(config, name) for name in CONSTANTS})
+    # A constant that no time depends on stays the wheel's: to be off by all of itself costs as much as TIE of a time.
+    ties = TIE * np.diag(1 / np.maximum(own, 1e-12)) * (own > 0)
+    tied = TIE * (own > 0)
+    best, best_error = own, math.inf
+    for latency in (0.5, 1.0, 2.0, 4.0):
+        linear = own * np.where(np.arange(len(own)) == CONSTANTS.index("latency_us"), latency, 1)
+        for _ in range(30):
+            relative = coefficients(config, shapes, sm_count, linear) / us[:, None]
+            off = relative @ linear - 1
+            size = np.sqrt(1 + (off / USUAL) ** 2)
+            error = float(np.sum(2 * (weight * USUAL) ** 2 * (size - 1)) + np.sum((ties @ linear - tied) ** 2))
+            if error < best_error:
+                best, best_error = linear, error
+            heed = weight / np.sqrt(size)
+            rows = np.concatenate([relative * heed[:, None], ties])
+            last, linear = linear, (linear + least_squares(rows, np.concatenate([heed, tied]))) / 2
+            if np.allclose(last, linear, rtol=1e-4):
+                break
+    return best
+
+
+def by_shape(run: Run) -> list[list[Time]]:
+    """The times of one shape and class together. Of a kernel that serves two classes, the shorter of its two times."""
+    groups: dict[tuple[object, ...], dict[str, Time]] = {}
+    for time in run.times:
+        config = run.kernels[time.symbol]
+        kind = (config.x, config.weight, config.out, config.fp16_accumulate)
+        group = groups.setdefault((time.m, time.n, time.k, *kind), {})
+        group[time.symbol] = min(time, group.get(time.symbol, time), key=lambda t: t.us)
+    return [list(group.values()) for group in groups.values()]
+
+
+def fit_all(run: Run) -> dict[str, dict[str, Any]]:
+    """By symbol: constants, over how many shapes, and what is left of their times: rms and worst relative error."""
+    groups = by_shape(run)
+    best = {id(time): min(t.us for t in group) for group in groups for time in group}
+    found: dict[str, dict[str, Any]] = {}
+    for symbol, config in run.kernels.items():
+        every = [t for group in groups for t in group if t.symbol == symbol]
+        if not every:
+            continue  # a generic kernel: it ran nowhere, and runs where nothing else does
+        times = [t for t in every if t.us < HOPELESS * best[id(t)]]
+        times = times if len(times) > 2 * len(CONSTANTS) else every
+        shapes, us = np.array([(t.m, t.n, t.k) for t in times]), np.array([t.us for t in times])
+        # Where a kernel may be chosen, its time matters most.
+        weight = (np.array([best[id(t)] for t in times]) / us) ** 2
+        linear = fit(config, shapes, us, weight, run.sm_count)
+        off = coefficients(config, shapes, run.sm_count, linear) @ linear / us - 1
+        values = [float(f"{value:.4g}") for value in linear[:-1]] + [round(1 / max(linear[-1], 1e-9))]
+        found[symbol] = {
+            "cost": dict(zip(CONSTANTS, values)),
+            "shapes": len(times),
+            "rms": round(float(np.sqrt(np.mean(off**2))), 3),
+            "worst": round(float(np.abs(off).max()), 3),
+        }
+    return found

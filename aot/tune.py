@@ -251,7 +251,7 @@ def decide(
     runs = [timed for timed in record.timed if (timed.kind, timed.promise) == (kind, promise)]
     right = [{s: us for s, us in timed.us.items() if s in group and s not in dropped} for timed in runs]
     if not any(right):
-        return Decision(tuple(current), (f"{kind}, {promise}: nothing was measured; its rows stay as they are",))
+        return Decision(tuple(current), ())  # not measured: its rows stay as they are
     predictions: list[dict[str, float]] = []
     scores = right
     if made.runs_on != made.arch:  # no time of the chip that the kernels are for
@@ -399,8 +399,10 @@ def write_choice(journal_path: Path, candidates_path: Path, arch: int, out: Path
     tune, log = section(record, made, before, command)
     evidence.write_section(out, arch, "tune", tune)
     print("\n".join(log) or "the choice is as it was")
-    _, after = evidence.rows(before), evidence.rows(evidence.read(arch, out))
-    print(f"{sum(len(some) for promises in after.values() for some in promises.values())} rows in {out}")
+    rows, seen = evidence.rows(evidence.read(arch, out)), {(timed.kind, timed.promise) for timed in record.timed}
+    kept = [f"{kind} ({promise})" for kind in rows for promise in rows[kind] if (kind, promise) not in seen]
+    print(f"{sum(len(some) for promises in rows.values() for some in promises.values())} rows in {out}; "
+          f"not measured, and as they were: {', '.join(kept) or 'none'}")  # fmt: skip
 
 
 # ---- the command
@@ -480,10 +482,8 @@ def main(arguments: list[str]) -> int:
 def check_gpu(here: int | None, arch: int | None, verify_on: int | None) -> None:
     """Raises BuildError unless this machine's GPU runs what is to be measured."""
     if here is None:
-        raise BuildError(
-            "tune measures and needs a CUDA GPU, which is not here: --compile-only makes the candidates' "
-            "package for a machine that has one; --journal FILE chooses from what that measured"
-        )
+        raise BuildError("tune needs a CUDA GPU, and there is none here: --compile-only makes the candidates' package "
+                         "for a machine that has one; --journal FILE chooses from what that measured")  # fmt: skip
     runs = verify_on or arch or here
     if here != runs or runs not in ARCHS:
         raise BuildError(f"this machine's GPU is an sm_{here}; the candidates would be for sm_{runs}, of "

@@ -69,10 +69,10 @@ def lbg_fused(
     offs_m = tile_m * TILE_M + tl.arange(0, TILE_M)
     offs_n = tile_n * TILE_N + tl.arange(0, TILE_N)
     offs_k = tl.arange(0, TILE_K)
-    # Rows past the edge read the first rows again instead of being masked: the loop stays free of predicates, and what
-    # they compute is not stored. Not one row: L2 would be asked for the same bytes by all of them.
-    rows_x = (offs_m % M).to(tl.int64)
-    rows_w = (offs_n % N).to(tl.int64)
+    # Rows past the edge read the last row again instead of being masked: the loop stays free of predicates, and what
+    # they compute is not stored.
+    rows_x = tl.minimum(offs_m, M - 1).to(tl.int64)
+    rows_w = tl.minimum(offs_n, N - 1).to(tl.int64)
     x_ptrs = x_ptr + rows_x[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
     acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
     if ALIGNED:

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 from aot import BuildError, candidates, environment, evidence, journal, rules, selection
 from aot.candidates import Candidate, Excluded
 from aot.configs import (
-    ARCHS,
     CHIPS,
     MOST_IN_REGIME,
     ROWS,
@@ -43,7 +42,7 @@ from aot.configs import (
     regime,
     shipped,
 )
-from aot.evidence import Measurement, Row
+from aot.evidence import ARCHS, Measurement, Row
 
 if TYPE_CHECKING:
     from aot.compile import Artifact
@@ -384,7 +383,8 @@ def section(
         raise BuildError(
             f"the journal is of candidates {record.head.key.candidates}; candidates.json has {made.digest}"
         )
-    tune, rows, log = before["tune"], evidence.rows(before), []
+    tune, rows = before["tune"], evidence.rows(before)
+    log: list[str] = []
     verification = made.runs_on != made.arch
     again = tune.get("device") == record.head.key.device and tune.get("runs_on") == made.runs_on
     for kind in rows:

@@ -32,7 +32,6 @@ from aot.candidates import Candidate, Excluded
 from aot.chips import REFERENCE
 from aot.compile import Artifact, Report
 from aot.configs import (
-    ARCHS,
     MOST_IN_REGIME,
     ROWS,
     Config,
@@ -44,7 +43,7 @@ from aot.configs import (
     regime,
     shipped,
 )
-from aot.evidence import Measurement, Row
+from aot.evidence import ARCHS, Measurement, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES_IN_EVIDENCE = 3  # of a row: those where it gains most over the others
@@ -358,7 +357,8 @@ def section(
         raise BuildError(
             f"the journal is of candidates {record.head.key.candidates}; candidates.json has {made.digest}"
         )
-    tune, rows, log = before["tune"], evidence.rows(before), []
+    tune, rows = before["tune"], evidence.rows(before)
+    log: list[str] = []
     verification = made.runs_on != made.arch
     again = tune.get("device") == record.head.key.device and tune.get("runs_on") == made.runs_on
     for kind in rows:

@@ -446,7 +446,8 @@ def folder_of(arch: int, verify_on: int | None) -> Path:
 
 def main(arguments: list[str]) -> int:
     options = parsed(arguments)
-    command = " ".join(["python3 build.py tune", *arguments])
+    # What the evidence says was typed, but for the folders of this machine.
+    command = " ".join(["python3 build.py tune", *(Path(word).name if "/" in word else word for word in arguments)])
     here = None if options.journal or options.compile_only else gpu_arch()
     if not (options.journal or options.compile_only):
         check_gpu(here, options.arch, options.verify_on)

@@ -152,7 +152,7 @@ class OnGpu:
         return fit.time_kernels(self.bench, item.case, legal, self.order)
 
 
-def head() -> Head:
+def head(commit: str | None = None) -> Head:
     """Of this GPU and the installed candidates."""
     device = torch.cuda.get_device_properties(0)
     arch = 10 * device.major + device.minor
@@ -162,7 +162,7 @@ def head() -> Head:
     if "+candidates" not in lbg.__version__:
         raise BuildError(f"lbg {lbg.__version__} is installed; wanted is the candidates' wheel, which "
                          "python3 build.py tune --compile-only makes")  # fmt: skip
-    found = facts()
+    found = facts(commit)
     key = Key(device.name, found["driver"], digest_of(Path(lbg._C.__file__)))
     compiled_arch = next(iter(kernels.values()))["compiled_arch"]
     return Head(key, compiled_arch, arch, device.multi_processor_count, found, kernels)
@@ -187,11 +187,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--shapes", type=sizes, nargs="+", metavar="MxNxK", help="in place of the benchmark's and random ones"
     )
     parser.add_argument("--budget-seconds", type=float, help="stop after that long; the same command goes on")
+    parser.add_argument("--commit", help="of the candidates, where the folder is no git checkout")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("tests.bench.tune: measuring needs a CUDA GPU that the candidates run on")
     try:
-        journal = Journal(options.journal, head())
+        journal = Journal(options.journal, head(options.commit))
         items = list(plan((lbg.Config(**row) for row in journal.record.head.kernels.values()), options.shapes))
         with torch.inference_mode():
             left = run(items, journal, OnGpu(), options.budget_seconds)

@@ -390,13 +390,49 @@ def section(
     return found | ({"costs": costs} if costs else {}), log
 
 
-def write_choice(journal_path: Path, candidates_path: Path, arch: int, out: Path, command: str) -> None:
+def refused(arch: int, rows: evidence.Rows, jobs: int) -> dict[tuple[str, str, Tile], str]:
+    """What cannot be shipped of these rows, and why, by (kind, promise, tile). A tile was measured in one class of its
+    kind; in another the same tile may spill."""
+    import build
+
+    found: dict[tuple[str, str, Tile], str] = {}
+
+    def drop(config: Config, error: Exception) -> None:
+        if not config.aligned:
+            raise error  # a conservative one: there is nothing to take in its place
+        kind = kind_of(arch, config.x, config.out, config.fp16_accumulate)
+        promise = "rows" if config.out_aligned else "any_out"
+        found[kind, promise, candidates.tile_from(config)] = " ".join(str(error).split())[:300]
+
+    build.compile_configs(list(shipped(arch, rows)), None, jobs, ROOT / "build" / f"chosen-sm_{arch}", drop)
+    return found
+
+
+def without(made: Package, tiles: Mapping[tuple[str, str, Tile], str]) -> Package:
+    """The package as if these tiles were no candidates."""
+    kept, gone = [], []
+    for each in made.compiled:
+        reason = tiles.get((each.kind, each.promise, candidates.tile_from(each.config)))
+        if reason is None:
+            kept.append(each)
+        else:
+            gone.append(Excluded(each.config.symbol, f"not in every class of its kind: {reason}"))
+    if len(gone) < len(tiles):
+        raise BuildError(f"a row that this run does not choose anew cannot be built: {', '.join(tiles.values())}")
+    return replace(made, compiled=tuple(kept), excluded=(*made.excluded, *gone))
+
+
+def write_choice(journal_path: Path, candidates_path: Path, arch: int, out: Path, command: str, jobs: int) -> None:
     record, made = journal.read(journal_path), Package.load(candidates_path)
     if made.arch != arch or record.head.arch != arch:
         raise BuildError(f"{journal_path} is of sm_{record.head.arch}, {candidates_path} of sm_{made.arch}; "
                          f"wanted is sm_{arch}")  # fmt: skip
     before = evidence.read(arch, out if out.exists() else None)
     tune, log = section(record, made, before, command)
+    while broken := refused(arch, evidence.rows({"arch": f"sm_{arch}", "tune": tune}), jobs):
+        print("\n".join(f"left out: {reason}" for reason in broken.values()))
+        made = without(made, broken)
+        tune, log = section(record, made, before, command)
     evidence.write_section(out, arch, "tune", tune)
     print("\n".join(log) or "the choice is as it was")
     rows, seen = evidence.rows(evidence.read(arch, out)), {(timed.kind, timed.promise) for timed in record.timed}
@@ -461,7 +497,9 @@ def main(arguments: list[str]) -> int:
     folder = folder_of(arch, options.verify_on)
     out = options.evidence or evidence.path_of(arch)
     if options.journal:
-        write_choice(options.journal, options.candidates or folder / "candidates.json", arch, out, command)
+        write_choice(
+            options.journal, options.candidates or folder / "candidates.json", arch, out, command, options.jobs
+        )
         return 0
     wheel, made = make_package(arch, options.verify_on, options.only, options.jobs, folder)
     print(told(made))
@@ -476,7 +514,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if status := measure(wheel, path, extra):
         return status
-    write_choice(path, folder / "candidates.json", arch, out, command)
+    write_choice(path, folder / "candidates.json", arch, out, command, options.jobs)
     return 0
 
 

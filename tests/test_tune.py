@@ -14,11 +14,12 @@ pytest.importorskip("numpy")
 
 import numpy as np
 
-from aot import BuildError, candidates, configs, costs, evidence, rules, selection, tune
+from aot import BuildError, candidates, configs, evidence, rules, selection, tune
 from aot.candidates import Candidate, Excluded
 from aot.configs import CONFIGS, ROWS
 from aot.fitting import CONSTANTS, predicted_us
 from aot.journal import Head, Journal, Key, read
+from aot.model import Cost
 from aot.tune import Compiled, Package
 from tests.bench import tune as bench
 
@@ -28,11 +29,21 @@ FACTS = {"date": "2026-11-24", "driver": "580"}
 KIND = "x16"
 
 
+def cost(config: configs.Config) -> Cost:
+    """Constants by a formula that is of this file alone: larger tiles take longer a step, and less for an element."""
+    operands = config.tile_m * configs.ELEMENT_BYTES[config.x] + config.tile_n * configs.ELEMENT_BYTES[config.weight]
+    load_us = config.tile_k * operands / (49_000 if config.aligned else 6_000)
+    matrix_us = config.tile_m * config.tile_n * config.tile_k / 11e6
+    step_us = max(load_us, matrix_us) + min(load_us, matrix_us) / 10
+    store_us = config.tile_m * config.tile_n * configs.ELEMENT_BYTES[config.out] / 49_000
+    return Cost(2.0, 0.7 + store_us, step_us, 0.7 / (config.stages - 1), 0.0, 0.0, 0.0, 0.0, 22_000)
+
+
 def kernel(config: configs.Config) -> dict[str, Any]:
     """lbg.Config's fields of a config."""
     fields = asdict(config) | {name: NAMES[getattr(config, name)] for name in ("x", "weight", "out")}
     extra = {"symbol": config.symbol, "compiled_arch": config.arch, "tma": config.tma, "persistent": config.persistent}
-    extra |= {"shared_bytes": 0, "registers": 128, "ctas_per_sm": 1} | asdict(costs.modelled(config))
+    extra |= {"shared_bytes": 0, "registers": 128, "ctas_per_sm": 1} | asdict(cost(config))
     return {name: value for name, value in (fields | extra).items() if name in bench.lbg.Config.__dataclass_fields__}
 
 
@@ -259,7 +270,34 @@ def test_a_journal_of_other_candidates_chooses_nothing(tmp_path: Path) -> None:
         tune.section(record, package(digest="def"), evidence.read(90), "")
 
 
-def test_from_a_journal_to_the_file_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tile_that_another_class_of_its_kind_spills_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, out = package(), tmp_path / "evidence.json"
+    measured(tmp_path / "j", made)
+    made.save(tmp_path / "candidates.json")
+    chosen, _ = tune.section(read(tmp_path / "j"), made, evidence.read(90), "")
+    first = chosen["kinds"][KIND]["rows"][0]["tile"]
+
+    def compile_configs(some: list[configs.Config], *rest: Any) -> None:
+        for config in some:
+            if (
+                config.weight == "bf16"
+                and config.x == config.out
+                and candidates.tile_from(config) == tune.Tile(**first)
+            ):
+                rest[-1](config, BuildError(f"{config.symbol} spills"))
+
+    monkeypatch.setattr("build.compile_configs", compile_configs)
+    tune.write_choice(tmp_path / "j", tmp_path / "candidates.json", 90, out, "", 1)
+    assert first not in [row["tile"] for row in evidence.read(90, out)["tune"]["kinds"][KIND]["rows"]]
+    assert "left out: lbg_fused_bf16_bf16" in capsys.readouterr().out
+
+
+def test_from_a_journal_to_the_file_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "refused", lambda *_: {})  # else it compiles
     made, out = package(), tmp_path / "evidence.json"
     measured(tmp_path / "j", made)
     made.save(tmp_path / "candidates.json")

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aot import BuildError, costs, model
+from aot import BuildError, costs, journal, model
 from aot.chips import CHIPS, REFERENCE, SUB_CORES, Chip, ctas_per_sm, named
 from aot.compile import MOST_OTHER_SLOTS, Artifact
 from aot.configs import ARCHS, Config, class_of
@@ -369,6 +369,13 @@ def against(data: dict[str, Any], artifacts: Sequence[Artifact], chip: Chip) -> 
     return found
 
 
+def journaled(record: journal.Record) -> dict[str, Any]:
+    """A tuner's journal as tests.bench.fit keeps its times."""
+    times = [{"m": m, "n": n, "k": k, "symbol": symbol, "us": us}
+             for timed in record.timed for m, n, k in [timed.sizes] for symbol, us in timed.us.items()]  # fmt: skip
+    return {"facts": record.head.facts, "kernels": record.head.kernels, "times": times}
+
+
 def said_against(found: dict[str, Any]) -> str:
     facts = found["facts"]
     lines = [
@@ -409,17 +416,28 @@ def main(arguments: list[str]) -> int:
                         help="kernels of this architecture alone; repeat for several (default: all)")  # fmt: skip
     parser.add_argument("--chip", help=f"the GPU to predict for: {', '.join(CHIPS)}; default: each arch's first")
     parser.add_argument("--against", type=Path, metavar="TIMES", help="measured times to hold the model to")
+    parser.add_argument("--candidates", type=Path, metavar="JSON",
+                        help="candidates.json of a tuner's package; TIMES then is its journal")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all that is said, and more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes for what the cache lacks")
     options = parser.parse_args(arguments)
+    if options.candidates and not options.against:
+        parser.error("--candidates says what --against was measured on: give both")
 
     def artifacts(arch: int, verify_on: int | None = None) -> list[Artifact]:
         name = f"sm_{arch}" + (f"-on-sm_{verify_on}" if verify_on else "")
-        return build.compile_all([arch], verify_on, options.jobs, ROOT / "build" / "audit" / name)[0]
+        folder = ROOT / "build" / "audit" / name
+        if options.candidates:
+            from aot.tune import Package
+
+            configs = [each.config for each in Package.load(options.candidates).compiled]
+            return build.compile_configs(configs, verify_on, options.jobs, folder)[0]
+        return build.compile_all([arch], verify_on, options.jobs, folder)[0]
 
     results: dict[str, Any] = {}
     if options.against:
-        data = json.loads(options.against.read_text())
+        tuned = options.candidates is not None
+        data = journaled(journal.read(options.against)) if tuned else json.loads(options.against.read_text())
         chip = named(options.chip) if options.chip else chip_of(data["facts"]["gpu"])
         compiled, ran = {(row["compiled_arch"], row["arch"]) for row in data["kernels"].values()}.pop()
         if chip.arch != ran:

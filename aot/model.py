@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Assumptions, each a property of hardware and none of a kernel. Those said to be fitted were fitted on an H200 with the
 # verification build, on half of the shapes; for Ada they are carried over.
 OVERLAP = 2.0  # fitted: units busy for a and b take (a^p + b^p)^(1/p); 1 is one after another, infinity at once
+OVERLAP_PROMOTING = 1.25  # fitted: of fp16_accumulate, whose warps wait for a chunk's sum before they add it
 OVERLAP_ALONE = 1.75  # fitted: the same of a CTA alone on its SM, whose warps wait for one barrier
 SYNC_US = 0.1  # fitted: that barrier and the first loads behind it
 DRAM_EFFICIENCY = 0.88  # of the datasheet's bandwidth: a copy on an H100, 2.94 of 3.35 TB/s
@@ -121,7 +122,8 @@ def cost(config: Config, report: Report, chip: Chip) -> Cost:
     wave_us = 0.0 if hidden else drain_us if config.persistent else fill_us + drain_us
     # wgmma reads shared memory itself, asynchronously, and the loops leave one under way: all units overlap.
     by_warps = not wgmma(config, report)
-    sm_us = took.sm_us(OVERLAP if by_warps else math.inf)
+    overlap = OVERLAP_PROMOTING if config.fp16_accumulate else OVERLAP
+    sm_us = took.sm_us(overlap if by_warps else math.inf)
     alone_us = took.sm_us(OVERLAP_ALONE) + SYNC_US if by_warps else sm_us
     return Cost(
         launch_us=round(chip.launch_us + once_us, 4),

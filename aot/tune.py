@@ -345,6 +345,8 @@ def costs_of(record: journal.Record, made: Package, rows: evidence.Rows, before:
             found[config.symbol] = old
         elif new:
             found[config.symbol] = new if twin == config.symbol else new | {"of": twin}
+    if all(row == standing.get(symbol) for symbol, row in found.items()):
+        return {**before, "kernels": found}  # what is said of the run that they are of stays too
     head = {"measured": record.head.facts.get("date"), "gpu": record.head.key.device, "facts": record.head.facts}
     return head | {"kernels": found}
 

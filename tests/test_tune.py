@@ -250,6 +250,16 @@ def test_every_row_of_a_choice_has_its_evidence(tmp_path: Path) -> None:
     assert set(symbols) <= set(section["costs"]["kernels"]), "constants of float16's rows, and of bfloat16's by them"
 
 
+def test_constants_of_more_shapes_stay_and_so_does_what_is_said_of_them(tmp_path: Path) -> None:
+    made = package()
+    record = measured(tmp_path / "j", made).record
+    rows, before = ROWS[90], {"gpu": "NVIDIA H200", "command": "a fit of more shapes"}
+    first = tune.costs_of(record, made, rows, before)
+    assert "command" not in first and first["kernels"]
+    more = {symbol: row | {"shapes": 1000} for symbol, row in first["kernels"].items()}
+    assert tune.costs_of(record, made, rows, before | {"kernels": more}) == before | {"kernels": more}
+
+
 def test_a_verification_build_is_chosen_by_predictions_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from aot import BuildError, audit, model, sass
 from aot.chips import CHIPS, LIMITS, REFERENCE, ctas_per_sm, named
 from aot.compile import Artifact, Report
 from aot.configs import ELEMENT_BYTES, Config
+from aot.journal import Head, Key, Record, Timed
 from tests.bench.records import DATASHEET_TFLOPS, Shape
 
 # ---- machine code
@@ -326,6 +327,14 @@ def test_what_a_pick_by_the_model_costs() -> None:
     expected = 0.2 if us((128, 128, 64), CHIPS["H200"]) < us((128, 128, 64), CHIPS["H200"], slow) else 0.0
     assert picked["all shapes"]["regret, median"] == pytest.approx(expected)
     assert "Measured: on NVIDIA H200" in audit.said_against(picked)
+
+
+def test_a_tuners_journal_is_times_too() -> None:
+    key, rows = Key("NVIDIA H200", "580", "abc"), {ADA_X16.symbol: {"registers": 228, "shared_bytes": 49152}}
+    timed = Timed("x16", "rows", "128x128x64", {ADA_X16.symbol: 6.0})
+    record = Record(Head(key, 89, 90, 132, {"gpu": "NVIDIA H200"}, rows), (timed,), {})
+    picked = audit.against(audit.journaled(record), [artifact()], CHIPS["H200"])
+    assert (picked["all shapes"]["times"], picked["all shapes"]["regret, worst"]) == (1, 0.0)
 
 
 def test_times_of_other_kernels_are_refused() -> None:

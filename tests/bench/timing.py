@@ -62,8 +62,8 @@ def by_graphs(subjects: dict[str, Subject], repeats: int) -> dict[str, Times]:
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     beyond_l2 = torch.ones(3 * torch.cuda.get_device_properties().L2_cache_size // 4, device="cuda")
     runs: dict[tuple[str, str], _Run] = {}
-    # torch.compile frees cuBLAS's workspaces as it records a graph, on its second call. What is captured here may write
-    # to them, so it has to have recorded before.
+    # torch.compile frees cuBLAS's workspaces as it records a graph, on its second call, and torch returns what is free
+    # to the driver then. What is captured here may write to them, so it has to have recorded before.
     for subject in subjects.values():
         if subject.own_graph:
             _repeat(subject.calls[0], 3)

@@ -128,12 +128,16 @@ def write_whole(path: Path, text: str) -> None:
 
 def adopt(source: Path) -> Path:
     """Makes `source`, which came from a GPU's owner, the file that the build reads; returns where that is."""
-    arch = next((arch for arch in ARCHS if f'"sm_{arch}"' in source.read_text()[:40]), None)
+    try:
+        text = source.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BuildError(f"{source}: cannot be read: {error}") from None
+    arch = next((arch for arch in ARCHS if f'"sm_{arch}"' in text[:40]), None)
     if arch is None:
         raise BuildError(f"{source}: does not begin with the arch that it is evidence of")
     rows(read(arch, source))
     if source.resolve() != path_of(arch).resolve():
-        write_whole(path_of(arch), source.read_text())
+        write_whole(path_of(arch), text)
     return path_of(arch)
 
 

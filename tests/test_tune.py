@@ -376,6 +376,8 @@ def test_an_owners_file_becomes_the_builds(tmp_path: Path, monkeypatch: pytest.M
     source.write_text("{}")
     with pytest.raises(BuildError, match="does not begin with the arch"):
         evidence.adopt(source)
+    with pytest.raises(BuildError, match=r"gone\.json: cannot be read"):
+        evidence.adopt(tmp_path / "gone.json")
 
 
 # ---- candidates and the command

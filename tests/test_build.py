@@ -103,33 +103,36 @@ def test_a_kernel_that_stores_in_its_loop(tmp_path: Path, kernels: Callable[...,
 
 
 WS_STORE = "            tma.async_store(out, [first_m, first], buffer)\n"
-WS_STEP = "            release(rings, step - 1)\n            step += 1\n"
+WS_STEP = "                release(rings, step - 1)\n                step += 1\n"
+WS_STEP_STORE = "                tma.async_store(result[0], [first_m, first_n], rings.out.index(WHO))\n"
 RING_STEP = "        mbarrier.arrive(ring.empty.index(last), pred=k > 0)\n"
 
 
 @pytest.mark.parametrize(
-    ("config", "old", "new", "told"),
+    ("config", "changes", "told"),
     [
-        (WS, WS_STORE, 2 * WS_STORE, "2 stores per output element, 0 inside"),
+        (WS, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
         # once for each consumer's program
-        (WS, WS_STEP, WS_STEP + "            tma.async_store(result[0], [first_m, first_n], rings.out.index(WHO))\n",
-         "1.5 stores per output element, 2 inside a loop"),
-        (RING, RING_STEP, RING_STEP + "        gl.store(out_ptr + k, 0.0)\n",
+        (WS, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.5 stores per output element, 2 inside a loop"),
+        (RING, [("= products(ring, zeros, K)", "= products(ring, zeros, K, out_ptr)"),
+                ("def products(ring, zeros, K)", "def products(ring, zeros, K, out_ptr)"),
+                (RING_STEP, RING_STEP + "        gl.store(out_ptr + k, 0.0)\n")],
          r"1\.\d+ stores per output element, 1 inside"),
     ],
     ids=["ws twice", "ws in its loop", "ring in its loop"],
 )  # fmt: skip
 def test_a_hopper_kernel_that_stores_more_than_once(
-    tmp_path: Path, kernels: Callable[..., None], config: Config, old: str, new: str, told: str
+    tmp_path: Path, kernels: Callable[..., None], config: Config, changes: list[tuple[str, str]], told: str
 ) -> None:
-    kernels((old, new), file="hopper")
+    kernels(*changes, file="hopper")
     with pytest.raises(BuildError, match=f"an intermediate store: {told}"):
         compile.build(config, 90, tmp_path / "cubin")
 
 
 @pytest.mark.parametrize("change", [{"out": "f32"}, {"out_aligned": False}, {"x": "f32", "stages": 3}], ids=str)
 def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
-    for config, mma in ((WS, 16), (RING, 4)):  # ws: two consumers, a first step and a loop
+    # ws: two consumers, each with a loop and a step beside it; ring has that of a float32 x alone
+    for config, mma in ((WS, 16), (RING, 8 if "x" in change else 4)):
         report = compile.build(replace(config, **change), 90, tmp_path / "cubin").report
         assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
         assert report.mma == mma, report

@@ -575,8 +575,8 @@ def test_a_predicted_time_is_the_one_that_the_fit_assumes(
 def test_the_fit_finds_the_constants_behind_times() -> None:
     """Kernels whose times are the formula's, with 2 % of noise, under constants that are not the shipped ones."""
     drawn = random.Random(0)
-    kernels = {c.symbol: c for c in lbg.configs() if (c.arch, c.x, c.out) == (89, "float16", "float16") and c.aligned
-               and not c.fp16_accumulate}  # fmt: skip
+    kernels = {c.symbol: c for c in lbg.configs() if (c.arch, c.x, c.out) == (89, "float16", "float16")
+               and c.out_aligned and not c.fp16_accumulate}  # fmt: skip
     hidden = {
         s: {name: getattr(c, name) * drawn.uniform(0.6, 1.6) for name in fit.CONSTANTS} for s, c in kernels.items()
     }

@@ -1,4 +1,4 @@
-// csrc/lbg.h's predicted_us for one kernel and shape, from numbers on the command line: what aot/model.py must give too.
+// csrc/lbg.h's predicted_us of one kernel and shape, given as numbers: what aot/model.py must come to, too.
 //
 // predict x_bytes weight_bytes out_bytes tile_m tile_n tile_k x_box ctas_per_sm (the nine constants of Cost) m n k sms
 #include <cstdio>

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from aot import BuildError, costs, journal, model
-from aot.chips import CHIPS, REFERENCE, SUB_CORES, Chip, ctas_per_sm, named
+from aot.chips import CHIPS, REFERENCE, SUB_CORES, Chip, named
 from aot.compile import MOST_OTHER_SLOTS, Artifact
-from aot.configs import ARCHS, Config, class_of
+from aot.configs import ARCHS, NAMES, Config, class_of
 from tests.bench.records import SHAPES, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
-DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 # What a fast sm_89 kernel has to reach, all on an RTX 4090.
 LEAST_TENSOR_SHARE = 0.95  # of the predicted time, on LARGE shapes
 LARGE_FLOP = 1e11
@@ -50,11 +49,6 @@ class Target:
     holds: bool
 
 
-def bounds(config: Config, artifact: Artifact, chip: Chip) -> dict[str, int]:
-    report = artifact.report
-    return ctas_per_sm(chip.limits, config.warps, report.registers, report.shared_bytes)
-
-
 def slots_share(artifact: Artifact, chip: Chip) -> float:
     """Issue slots of all but the matrix instructions in the main loop, over the cycles that those take."""
     config, report = artifact.config, artifact.report
@@ -65,7 +59,7 @@ def slots_share(artifact: Artifact, chip: Chip) -> float:
 def targets(artifact: Artifact, chip: Chip) -> list[Target]:
     """Of one fast kernel for sm_89. Few rows wait for the weight, whatever else the loop issues."""
     config, report = artifact.config, artifact.report
-    held = bounds(config, artifact, chip)["all"]
+    held = model.bounds(config, report, chip)["all"]
     rows = [
         Target("matrix instructions, of those that whole K steps need", report.loop_steps / round(report.loop_steps),
                "1", report.loop_steps % 1 == 0),
@@ -89,10 +83,10 @@ def ruled_out(artifact: Artifact) -> str | None:
 
 def kernel_row(artifact: Artifact, chip: Chip) -> dict[str, Any]:
     config, report = artifact.config, artifact.report
-    step, held = model.step(config, report, chip), bounds(config, artifact, chip)
+    step, held = model.step(config, report, chip), model.bounds(config, report, chip)
     by = [name for name in ("registers", "shared", "warps") if held[name] == held["all"]]
     cycles = {name.removesuffix("_us"): round(us * chip.clock_mhz, 1) for name, us in asdict(step).items()}
-    shared = report.loop_shared_bytes / report.loop_steps + report.loader_shared_bytes
+    shared = report.loop_shared_bytes / report.loop_steps
     return {
         "symbol": config.symbol,
         "mix": report.loop_mix,
@@ -136,7 +130,7 @@ def choose(rows: Sequence[Artifact], shape: Shape, sm_count: int, us: dict[str, 
 
 
 def label(config: Config) -> str:
-    x, weight, out = (DTYPES[dtype] for dtype in (config.x, config.weight, config.out))
+    x, weight, out = (NAMES[dtype] for dtype in (config.x, config.weight, config.out))
     mode = ", fp16_accumulate" if config.fp16_accumulate else ""
     return f"x {x}, weight {weight}, result {out}{mode}"
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
 from aot import BuildError, rules
-from aot.configs import CHIPS, ELEMENT_BYTES, GENERIC, ROWS, Config, Tile, classes, config_of, kind_of, tile_of
+from aot.chips import LIMITS
+from aot.configs import ELEMENT_BYTES, GENERIC, ROWS, Config, Tile, classes, config_of, kind_of, tile_of
 
 DTypes = tuple[str, str, str, bool]  # (x, weight, result, fp16_accumulate)
 INPUTS = 4  # distinct: x, weight, scale, shift
@@ -129,7 +130,7 @@ def _async(arch: int, dtypes: DTypes, few: bool) -> Iterator[Tile]:
 
 def _async_stages(arch: int, x: str, m: int, n: int, k: int, ctas: int) -> int:
     """As many as shared memory holds for that many CTAs an SM; a float32 x has two buffers, however long the ring."""
-    chip = CHIPS[arch]
+    chip = LIMITS[arch]
     room = min(chip.shared_block_bytes, chip.shared_bytes // ctas - SYSTEM_SHARED_BYTES)
     fixed, each = (2 * m * k * 2, n * k * 2) if x == "f32" else (0, (m + n) * k * 2)
     return (room - fixed) // each
@@ -166,7 +167,7 @@ WS_BUFFER_BYTES = 16384  # of a consumer's part of a result, on its way out
 def _ring(dtypes: DTypes, few: bool) -> Iterator[Tile]:
     """As many stages as fit for one CTA an SM; of the small tiles, for two CTAs besides."""
     x, _, out, _ = dtypes
-    chip = CHIPS[90]
+    chip = LIMITS[90]
     for (m, n, k), boxes in RING_SHAPES.items():
         if few and (m, n, k) not in RING_FEW:
             continue
@@ -185,10 +186,9 @@ def _ws(dtypes: DTypes, few: bool) -> Iterator[Tile]:
     for m, n, k in WS_FEW if few else WS_SHAPES:
         result = m * n * ELEMENT_BYTES[out]
         parts = max(1, result // (2 * WS_BUFFER_BYTES))
-        # A float32 x: two buffers as it comes, and one fewer than the weight's as rounded.
-        fixed, each = (2 * m * k * 4 - m * k * 2, (m + n) * k * 2) if x == "f32" else (0, (m + n) * k * 2)
-        room = CHIPS[90].shared_block_bytes - BARRIER_BYTES - result // parts
-        yield Tile(m, n, k, 12, min(MOST_STAGES, (room - fixed) // each), parts, kernel="ws")
+        each = (m * ELEMENT_BYTES[x] + n * 2) * k
+        room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - result // parts
+        yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel="ws")
 
 
 # ---- both: aot/kernels.py, with the user's warps and stages
@@ -216,10 +216,7 @@ def why_not(config: Config) -> str:
     least = 1 if config.kernel == "tile" else 2
     if config.stages < least:
         return f"shared memory holds {max(0, config.stages)} stages; a {config.kernel} kernel needs {least}"
-    multiplying = (
-        config.warps if config.kernel in ("tile", "async") else 8 if config.kernel == "ws" else config.warps - 4
-    )
-    if (accumulators := config.tile_m * config.tile_n // (multiplying * 32)) > MOST_ACCUMULATORS:
+    if (accumulators := config.tile_m * config.tile_n // (config.multiplying_warps * 32)) > MOST_ACCUMULATORS:
         return (
             f"{accumulators} of a thread's {REGISTERS} registers would be accumulators; the most is {MOST_ACCUMULATORS}"
         )

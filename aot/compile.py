@@ -68,7 +68,6 @@ class Report:
     loop_steps: float  # K steps of a tile that a pass of it multiplies
     loop_shared_bytes: int  # that a pass of it moves to or from shared memory, a CTA; the TMA unit's apart
     loader_mix: dict[str, int]  # in the loops of warps that only load, a warp of each
-    loader_shared_bytes: int  # that these move in a K step, a CTA
     other_instructions: int  # outside of all these, a warp: before the main loop and after it
     mma: int  # in the whole kernel
     size_bytes: int
@@ -380,8 +379,6 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         loop_steps=config.multiplying_warps * sum(map(sass.products, main)) / config.tile_products,
         loop_shared_bytes=config.multiplying_warps * sum(map(sass.shared_bytes, main)),
         loader_mix=sass.mix(loaders),
-        # of all loaders only a warpgroup of ws, which rounds a float32 x, touches shared memory
-        loader_shared_bytes=4 * sum(map(sass.shared_bytes, loaders)),
         other_instructions=(len(instructions) - len(main) * roles - len(loaders)) // roles,
         mma=sum(map(sass.is_mma, instructions)),
         size_bytes=cubin.stat().st_size,

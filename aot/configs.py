@@ -15,13 +15,11 @@ from aot import BuildError, chips, evidence, rules
 from aot.evidence import ARCHS
 
 ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+NAMES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}  # PyTorch's
 # (x, weight, result): 16-bit x with its own dtype as weight, or float32 x rounded in the kernel to the weight's.
 DTYPES = tuple(
     (x, weight, out) for weight in ("f16", "bf16") for x in (weight, "f32") for out in (weight, "f32")
 )  # fmt: skip
-
-
-CHIPS = chips.LIMITS  # by arch
 
 
 @dataclass(frozen=True)
@@ -100,18 +98,6 @@ class Tile:
     x_box: int = 0
     warps_m: int = 0
     unit_k: int = 0
-
-
-def async_(m: int, n: int, k: int, warps_m: int, warps_n: int, stages: int, unit_k: int, parts: int = 1) -> Tile:
-    return Tile(m, n, k, warps_m * warps_n, stages, parts, kernel="async", warps_m=warps_m, unit_k=unit_k)
-
-
-def ring(m: int, n: int, k: int, warps: int, stages: int, x_box: int) -> Tile:
-    return Tile(m, n, k, warps, stages, kernel="ring", x_box=x_box)
-
-
-def ws(m: int, n: int, k: int, stages: int, parts: int) -> Tile:
-    return Tile(m, n, k, 12, stages, parts, kernel="ws")
 
 
 # Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements. By
@@ -214,4 +200,4 @@ def check_classes(configs: Sequence[Config]) -> None:
 
 def ctas_per_sm(config: Config, registers: int, shared_bytes: int) -> dict[str, int]:
     """CTAs that one SM of the config's arch holds by each limit, and by all of them (`"all"`)."""
-    return chips.ctas_per_sm(CHIPS[config.arch], config.warps, registers, shared_bytes)
+    return chips.ctas_per_sm(chips.LIMITS[config.arch], config.warps, registers, shared_bytes)

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from aot.rules import HasSizes
+
 HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
 
 
@@ -28,7 +30,7 @@ class Time:
     chosen: bool  # by the wheel's dispatch
 
 
-class Kernel(Protocol):
+class Kernel(HasSizes, Protocol):
     """Of lbg.Config, what a predicted time depends on; besides, an attribute for each of CONSTANTS."""
 
     @property
@@ -39,12 +41,6 @@ class Kernel(Protocol):
     def out(self) -> str: ...
     @property
     def fp16_accumulate(self) -> bool: ...
-    @property
-    def tile_m(self) -> int: ...
-    @property
-    def tile_n(self) -> int: ...
-    @property
-    def tile_k(self) -> int: ...
     @property
     def x_box(self) -> int: ...
     @property

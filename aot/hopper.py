@@ -12,7 +12,7 @@ on their way.
 Either rounds a float32 x on its way from shared memory to wgmma, which takes that operand from registers: a consumer
 reads the next step's x while this step's is multiplied. Written back to shared memory instead, it would be moved twice
 more there, and an SM's 128 bytes a cycle are what the many-rows kernel is bound by: of each 128x256x64 step's 1024
-cycles of wgmma, 16-bit operands take 128 KB, a float32 x 160 (and two of its loads in four meet in a bank), one that is
+cycles of wgmma, 16-bit operands take 128 KB, a float32 x 160 (each of its loads meets twice in a bank), one that is
 rounded in shared memory 192.
 
     16-bit x     TMA ---> x, weight ---> wgmma            float32 x    TMA ---> x ---round, registers---> wgmma

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
 from aot.configs import ELEMENT_BYTES, Config
+from aot.rules import grid
 
 if TYPE_CHECKING:
     from aot.compile import Report
@@ -93,16 +94,20 @@ def step(config: Config, report: Report, chip: Chip) -> Step:
     slots = report.loop_instructions * config.multiplying_warps / report.loop_steps / sub_cores
     slots += sum(report.loader_mix.values()) / SUB_CORES
     # The TMA unit writes what it loads past the instructions that are counted.
-    shared = report.loop_shared_bytes / report.loop_steps + report.loader_shared_bytes
+    shared = report.loop_shared_bytes / report.loop_steps
     shared += operand_bytes(config) if config.tma else 0
     l2 = operand_bytes(config) * (1 if config.aligned else SECTOR_WASTE) / chip.l2_bytes_per_cycle
     cycles = (matrix, slots, shared / SHARED_BYTES_A_CYCLE, l2)
     return Step(*(each / chip.clock_mhz for each in cycles))
 
 
+def bounds(config: Config, report: Report, chip: Chip) -> dict[str, int]:
+    """CTAs on an SM of the chip by each limit, and by all of them ("all")."""
+    return ctas_per_sm(chip.limits, config.warps, report.registers, report.shared_bytes)
+
+
 def ctas(config: Config, report: Report, chip: Chip) -> int:
-    """CTAs on an SM of the chip."""
-    return max(1, ctas_per_sm(chip.limits, config.warps, report.registers, report.shared_bytes)["all"])
+    return max(1, bounds(config, report, chip)["all"])
 
 
 def epilogue_us(config: Config, report: Report, chip: Chip) -> float:
@@ -160,7 +165,7 @@ def memory_us(config: Config, cost: Cost, m: int, n: int, k: int, sm_count: int)
 
 def predicted_us(config: Config, cost: Cost, at_once: int, m: int, n: int, k: int, sm_count: int) -> float:
     """csrc/lbg.h's formula, of contiguous operands; `at_once` are the CTAs that an SM holds."""
-    steps, tiles = up(k, config.tile_k), up(m, config.tile_m) * up(n, config.tile_n)
+    steps, tiles = up(k, config.tile_k), grid(m, n, config.tile_m, config.tile_n)
     row_bytes = (k * ELEMENT_BYTES[config.x] if m > 1 else 0) | (k * ELEMENT_BYTES[config.weight] if n > 1 else 0)
     crowd_us = cost.crowd_us + (cost.off_us if row_bytes % 32 else 0.0)
     boxes_us = 0.0
@@ -188,7 +193,7 @@ def predict(config: Config, report: Report, chip: Chip, m: int, n: int, k: int) 
     """The time of one call on a chip, and what limits it."""
     made, took, at_once = cost(config, report, chip), step(config, report, chip), ctas(config, report, chip)
     us = predicted_us(config, made, at_once, m, n, k, chip.sm_count)
-    tiles, steps = up(m, config.tile_m) * up(n, config.tile_n), up(k, config.tile_k)
+    tiles, steps = grid(m, n, config.tile_m, config.tile_n), up(k, config.tile_k)
     passes = list(waves(tiles, chip.sm_count * at_once))
     count = sum(some for some, _ in passes)
     each = tiles * steps / chip.sm_count  # K steps of an SM, if all SMs had as many

@@ -8,6 +8,7 @@ under 2 % over a simpler one is dropped; blocks are powers of two from 16 to 256
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,13 +44,16 @@ class Trial:
     why: str
 
 
-class HasTile(Protocol):
+class HasSizes(Protocol):
     @property
     def tile_m(self) -> int: ...
     @property
     def tile_n(self) -> int: ...
     @property
     def tile_k(self) -> int: ...
+
+
+class HasTile(HasSizes, Protocol):
     @property
     def warps(self) -> int: ...
     @property
@@ -109,7 +113,7 @@ def outside(config: HasTile) -> list[str]:
     return found + ([f"{config.stages} stages"] if config.stages not in STAGES else [])
 
 
-def check_tile(config: HasTile) -> None:
+def check_tile(config: HasSizes) -> None:
     """Raises BuildError unless every block size is a power of two from 16 to 256."""
     for name in ("tile_m", "tile_n", "tile_k"):
         if (size := getattr(config, name)) not in TILE_SIZES:
@@ -139,5 +143,6 @@ def grid(m: int, n: int, tile_m: int, tile_n: int) -> int:
     return count
 
 
-def gains_enough(us: float, simpler_us: float) -> bool:
-    return simpler_us >= LEAST_GAIN * us
+def gains_enough(us: float, simpler_us: float, margin: float = 0.0) -> bool:
+    """Whether a config is worth its place beside a simpler one; `margin`, as a log, is asked for besides."""
+    return simpler_us >= LEAST_GAIN * math.exp(margin) * us

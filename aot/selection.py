@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aot.configs import MOST_IN_REGIME
-from aot.rules import LEAST_GAIN
+from aot.rules import LEAST_GAIN, gains_enough
 
 # Of a shape that no chosen kernel runs, as many times as slow as the best: more than any gain elsewhere is worth.
 MISSING = 100.0
@@ -56,7 +56,6 @@ def choose(times: Times, incumbents: Sequence[str], regime: Mapping[str, str], m
     shapes that the two decide gain LEAST_GAIN in the mean. Then whatever can be spared at under LEAST_GAIN on every
     shape goes, the least needed first. `margin` moves both thresholds apart.
     """
-    enters, stays = math.log(LEAST_GAIN) + margin, math.log(LEAST_GAIN) - margin
     every = sorted({symbol for us in times for symbol in us})
     chosen = [symbol for symbol in incumbents if symbol in every]
     log: list[str] = []
@@ -67,7 +66,7 @@ def choose(times: Times, incumbents: Sequence[str], regime: Mapping[str, str], m
     while True:
         found: tuple[float, str, str] | None = None  # sum of losses after, who enters, who leaves
         for symbol in every:
-            if symbol in chosen or worth(times, [*chosen, symbol], symbol) < enters:
+            if symbol in chosen or not _enough(worth(times, [*chosen, symbol], symbol), margin):
                 continue
             rivals = [other for other in chosen if regime[other] == regime[symbol]]
             if len(rivals) < MOST_IN_REGIME - 1:
@@ -76,7 +75,7 @@ def choose(times: Times, incumbents: Sequence[str], regime: Mapping[str, str], m
                 continue
             for rival in rivals:
                 after = [each for each in chosen if each != rival] + [symbol]
-                if _mean_gain(times, chosen, after) >= enters:
+                if _enough(_mean_gain(times, chosen, after), margin):
                     option = (total(after), symbol, rival)
                     found = min(found or option, option)
         if found is None:
@@ -87,12 +86,16 @@ def choose(times: Times, incumbents: Sequence[str], regime: Mapping[str, str], m
         log.append(f"{symbol} enters{f' for {rival}' if rival else ''}: up to {gained - 1:.1%} faster than the others")
     while len(chosen) > 1:
         spared = min(chosen, key=lambda symbol: (worth(times, chosen, symbol), symbol))
-        if (least := worth(times, chosen, spared)) >= stays:
+        if _enough(least := worth(times, chosen, spared), -margin):
             break
         chosen.remove(spared)
-        log.append(f"{spared} is dropped: without it no shape takes {math.exp(max(stays, 0)) - 1:.1%} longer, at most "
-                   f"{math.exp(least) - 1:.1%}")  # fmt: skip
+        bound, most = LEAST_GAIN * math.exp(-margin) - 1, math.exp(least) - 1
+        log.append(f"{spared} is dropped: without it no shape takes {bound:.1%} longer, at most {most:.1%}")
     return Choice(tuple(chosen), tuple(log))
+
+
+def _enough(log_gain: float, margin: float) -> bool:
+    return gains_enough(1.0, math.exp(log_gain), margin)
 
 
 def _mean_gain(times: Times, before: Sequence[str], after: Sequence[str]) -> float:

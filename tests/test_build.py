@@ -23,8 +23,8 @@ pytest.importorskip("triton", reason="needs the build's environment", exc_type=I
 
 import build
 from aot import BuildError, compile, costs, emit, model, package
-from aot.chips import REFERENCE
-from aot.configs import ARCHS, CHIPS, CONFIGS, DTYPES, Config, check_classes, class_of, ctas_per_sm
+from aot.chips import LIMITS, REFERENCE
+from aot.configs import ARCHS, CONFIGS, DTYPES, Config, check_classes, class_of, ctas_per_sm
 
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
@@ -370,7 +370,7 @@ def test_every_config_keeps_tritons_and_our_rules() -> None:
 
     for config in CONFIGS:
         assert {config.tile_m, config.tile_n, config.tile_k} <= {16, 32, 64, 128, 256}, config
-        assert config.warps in (2, 4, 8, 12, 16) and config.stages >= 1 and config.arch in CHIPS, config
+        assert config.warps in (2, 4, 8, 12, 16) and config.stages >= 1 and config.arch in LIMITS, config
         if config.fp16_accumulate:  # a tile kernel sums its whole K step in float16
             assert config.tile_k == FP16_CHUNK or (config.kernel == "async" and config.tile_k % FP16_CHUNK == 0), config
 

@@ -432,7 +432,7 @@ def test_the_gpu_must_run_what_is_measured() -> None:
 def test_what_fails_to_compile_is_left_out_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two candidates one spills; no other kernel is compiled."""
     pytest.importorskip("triton")
-    good = configs.async_(16, 32, 128, 1, 4, 2, 128)
+    good = configs.Tile(16, 32, 128, 4, 2, kernel="async", warps_m=1, unit_k=128)
     bad = configs.Tile(128, 256, 64, 4, 3)
     config = [configs.config_of(89, ("f16", "f16", "f16", False), tile, "rows") for tile in (good, bad)]
     monkeypatch.setattr(

@@ -21,7 +21,7 @@ import torch
 
 import lbg
 from aot import BuildError
-from aot.configs import kind_of
+from aot.configs import NAMES, kind_of
 from aot.journal import Head, Journal, Key, Timed
 from aot.tune import digest_of
 from tests import cases
@@ -30,7 +30,7 @@ from tests.bench.machine import facts
 from tests.bench.records import Shape
 from tests.cases import Case
 
-SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+SHORT = {name: dtype for dtype, name in NAMES.items()}
 RANDOM_SHAPES = 12
 SEED = 3  # other shapes than those that tests.bench.fit fits and validates on
 SECONDS_BETWEEN_LINES = 5

@@ -161,7 +161,8 @@ RING_SHAPES = {
 RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 128, 64), (128, 128, 64))
 WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 128, 128), (128, 64, 64), (256, 128, 64), (256, 64, 64))
 WS_FEW = WS_SHAPES[:2]
-WS_BUFFER_BYTES = 16384  # of a consumer's part of a result, on its way out
+WS_BUFFER_BYTES = 8192  # of a part of a consumer's result, on its way out: it has OUT_BUFFERS
+OUT_BUFFERS = 2  # aot/hopper.py's
 
 
 def _ring(dtypes: DTypes, few: bool) -> Iterator[Tile]:
@@ -185,9 +186,9 @@ def _ws(dtypes: DTypes, few: bool) -> Iterator[Tile]:
     x, _, out, _ = dtypes
     for m, n, k in WS_FEW if few else WS_SHAPES:
         result = m * n * ELEMENT_BYTES[out]
-        parts = max(1, result // (2 * WS_BUFFER_BYTES))
+        parts = max(1, result // (2 * WS_BUFFER_BYTES))  # two consumers
         each = (m * ELEMENT_BYTES[x] + n * 2) * k
-        room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - result // parts
+        room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - OUT_BUFFERS * result // parts
         yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel="ws")
 
 

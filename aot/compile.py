@@ -182,6 +182,8 @@ def tma_signature(
         **dict.fromkeys(SIZES, "i32"),
         "stride_om": "i64",
     }  # fmt: skip
+    if not ws:  # which asks L2 for the weight before it may load it
+        types |= {"weight_ptr": "*" + TRITON_TYPES[config.weight], "stride_wn": "i64"}
     constants: dict[str, object] = {
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
@@ -189,7 +191,7 @@ def tma_signature(
         "STAGES": config.stages,
     }
     if ws:
-        constants |= {"GROUP_M": config.group_m, "EPILOGUE_PARTS": config.epilogue_parts}
+        constants |= {"EPILOGUE_PARTS": config.epilogue_parts}
         constants |= {"OUT_DTYPE": elements[config.out], "OUT_BY_TMA": config.out_aligned}
     else:
         constants |= {"OUT_ALIGNED": config.out_aligned}

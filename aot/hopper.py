@@ -20,6 +20,10 @@ rounded in shared memory 192.
 
 A ring's barriers are `full`, which loaders arrive at and consumers wait for, and `empty`, the other way round. Products
 are added as in aot/kernels.py, K ascending, 16 at a time: the bits are the same.
+
+Either is launched while the kernel before it in the stream still runs, and waits for that one's end itself: what it
+does until then costs no time. A kernel that writes weight may be among those that it waits for, so until then it only
+asks L2 for the weight, which is where such a kernel's writes go too.
 """
 
 from triton.experimental import gluon
@@ -34,12 +38,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aot.kernels import column_parts, relu_gelu, symbol, tile_position
 
 # ---- few rows
 
 # A CTA reads its rows of the weight alone, or together with its neighbours: they need not push x out of L2.
+LINE_BYTES = gl.constexpr(128)  # of L2
+# Tiles of rows up to which the weight's way from DRAM is the time. CTAs of more share rows of the weight, are bound by L2,
+# and take longer where all find their first operands there at once: csrc/lbg.h's early().
+ASK_TILES_M = gl.constexpr(2)
 READ_ONCE = gl.constexpr(CachePolicy(l2=FractionalEvictionPolicy("evict_first", 1.0)))
 
 
@@ -54,6 +63,8 @@ def lbg_fused_ring(
     N,
     K,
     stride_om,
+    weight_ptr,
+    stride_wn,
     TILE_M: gl.constexpr,
     TILE_N: gl.constexpr,
     TILE_K: gl.constexpr,
@@ -65,6 +76,8 @@ def lbg_fused_ring(
     tiles_m = gl.cdiv(M, TILE_M)
     first_m = gl.program_id(0) % tiles_m * TILE_M
     first_n = full_box(gl.program_id(0) // tiles_m * TILE_N, N, TILE_N)
+    if tiles_m <= ASK_TILES_M:
+        ask_l2(weight_ptr, stride_wn, first_n, N, K, TILE_N, whole_power(STAGES * TILE_K))
     ring = Ring(
         allocate_slots(x, TILE_M, TILE_K, STAGES),
         allocate_slots(weight, TILE_N, TILE_K, STAGES),
@@ -77,6 +90,7 @@ def lbg_fused_ring(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ring.full.index(stage), count=TILE_M // ring.X_BOX + 1)  # an arrival for each box
         mbarrier.init(ring.empty.index(stage), count=1)
+    begin_in_earnest()
     # Four or eight warps multiply; of two more, one brings in x and one the weight.
     gl.warp_specialize(
         [
@@ -86,6 +100,36 @@ def lbg_fused_ring(
         ],
         [1, 1],
     )
+
+
+@gluon.jit
+def begin_in_earnest():
+    """Waits for what the stream ran before; from here on the next kernel may begin as this one has."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@gluon.jit
+def ask_l2(ptr, stride, first, rows, K, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+    """Has L2 read the first DEPTH of K of ROWS rows, a line by a thread; the last row stands for those past the edge."""
+    LINES: gl.constexpr = DEPTH * ptr.dtype.element_ty.primitive_bitwidth // 8 // LINE_BYTES
+    LINE: gl.constexpr = DEPTH // LINES
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // min(LINES, 32), min(LINES, 32)], [gl.num_warps(), 1], [1, 0])
+    row = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), rows - 1)
+    k = gl.minimum(gl.arange(0, LINES, gl.SliceLayout(0, LAYOUT)) * LINE, K - 1)
+    line = ptr + (gl.expand_dims(row.to(gl.int64) * stride, 1) + gl.expand_dims(k, 0))
+    gl.inline_asm(prefetches, ("l",), (line,))
+
+
+@gluon.constexpr_function
+def whole_power(number):
+    """The largest power of 2 in it: what a tensor can have of a size."""
+    return 1 << (number.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def prefetches(outputs, inputs):
+    return "\n".join(f"prefetch.global.L2 [{address}];" for address in inputs[0])
 
 
 @gluon.aggregate
@@ -163,7 +207,10 @@ def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, st
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth if OUT_ALIGNED else 1
     LANES: gl.constexpr = min(32, TILE_N // VECTOR)
     STORE: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    y = gl.convert_layout(relu_gelu(acc * scale + shift).to(out_ptr.dtype.element_ty), STORE)
+    y = relu_gelu(acc * scale + shift).to(out_ptr.dtype.element_ty)
+    if ring.x.dtype != ring.weight.dtype:
+        y = in_order(y)
+    y = gl.convert_layout(y, STORE)
     in_tile = gl.arange(0, TILE_M, gl.SliceLayout(1, STORE))
     box = first_m + in_tile // ring.X_BOX * ring.X_BOX
     rows = gl.expand_dims(full_box(box, M, ring.X_BOX) + in_tile % ring.X_BOX, 1)
@@ -224,8 +271,39 @@ def rounded_parts(ring, stage, ACC: gl.constexpr, FIRST: gl.constexpr):
     if FIRST == PARTS:
         return ()
     else:
-        x = ring.x.index(stage * PARTS + FIRST).load(gl.DotOperandLayout(0, ACC, 2)).to(ring.weight.dtype)
+        x = load_spread(ring.x.index(stage * PARTS + FIRST), ACC).to(ring.weight.dtype)
         return (x,) + rounded_parts(ring, stage, ACC, FIRST + 1)
+
+
+@gluon.constexpr_function
+def spread_rows(layout):
+    """`layout` of rows whose order in_order puts right: of every 8 first the even ones, then the odd."""
+
+    def spread(bases):
+        return [[row & ~7 | row << 1 & 6 | row >> 2 & 1, column] for row, column in bases]
+
+    parts = map(spread, (layout.reg_bases, layout.lane_bases, layout.warp_bases, layout.block_bases))
+    return gl.DistributedLinearLayout(*parts, layout.shape)
+
+
+@gluon.jit
+def load_spread(slot, ACC: gl.constexpr):
+    """A float32 slot as wgmma takes it from registers, its rows spread out: half of a warp reads 32 bytes of 4 rows at
+    once, and the swizzle puts those of rows 0 and 1 into the same banks, those of rows 0, 2, 4 and 6 into all."""
+    ROWS: gl.constexpr = slot.shape[0]
+    COLUMNS: gl.constexpr = slot.shape[1]
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    x = slot.load(spread_rows(gl.to_linear_layout(OPERAND, [ROWS, COLUMNS])))
+    x = x.reshape((ROWS // 8, 4, 2, COLUMNS)).permute((0, 2, 1, 3)).reshape((ROWS, COLUMNS))
+    return gl.convert_layout(x, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def in_order(y):
+    """A result's rows of an x from load_spread, in x's order: a renaming of registers."""
+    ROWS: gl.constexpr = y.shape[0]
+    COLUMNS: gl.constexpr = y.shape[1]
+    return y.reshape((ROWS // 8, 2, 4, COLUMNS)).permute((0, 2, 1, 3)).reshape((ROWS, COLUMNS))
 
 
 @gluon.jit
@@ -246,6 +324,11 @@ def multiply_parts(x, ring, stage, acc):
 # A thread, of a ws kernel's three warpgroups: all that there are. setmaxnreg moves them from those that load to those
 # that hold an accumulator.
 WS_REGISTERS = 168
+# Of tiles: up to so many, groups of 4 rows of tiles share their operands better in L2 than groups of 8. On an H100, of
+# 16 columns a float32 x took 2 to 4 % less time, a float16 one 0.5 %; of 32 both took 2 % more.
+FEW_COLUMNS = gl.constexpr(16)
+# Of a consumer, for parts of its result: one is filled while the other is stored.
+OUT_BUFFERS = gl.constexpr(2)
 
 
 @gluon.aggregate
@@ -256,7 +339,6 @@ class Tiling:
     TILE_M: gl.constexpr
     TILE_N: gl.constexpr
     TILE_K: gl.constexpr
-    GROUP_M: gl.constexpr
 
     @gluon.jit
     def count(self):
@@ -266,7 +348,7 @@ class Tiling:
     def origin(self, tile):
         """(first row, first column) of the tile-th tile."""
         tiles_m, tiles_n = gl.cdiv(self.M, self.TILE_M), gl.cdiv(self.N, self.TILE_N)
-        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, self.GROUP_M)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, gl.where(tiles_n > FEW_COLUMNS, 8, 4))
         return tile_m * self.TILE_M, tile_n * self.TILE_N
 
 
@@ -277,7 +359,7 @@ class Rings:
 
     x: gl.shared_memory_descriptor
     weight: gl.shared_memory_descriptor
-    out: gl.shared_memory_descriptor  # one a consumer
+    out: gl.shared_memory_descriptor  # OUT_BUFFERS a consumer
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     x_full: gl.shared_memory_descriptor
@@ -305,7 +387,6 @@ def lbg_fused_ws(
     TILE_N: gl.constexpr,
     TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
     EPILOGUE_PARTS: gl.constexpr,
     OUT_DTYPE: gl.constexpr,
     OUT_BY_TMA: gl.constexpr,
@@ -315,16 +396,17 @@ def lbg_fused_ws(
     ROWS: gl.constexpr = TILE_M // 2
     COLUMNS: gl.constexpr = TILE_N // EPILOGUE_PARTS
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], OUT_DTYPE)
-    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, GROUP_M)
+    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K)
     x_slots = gl.allocate_shared_memory(x.dtype, [STAGES, TILE_M, TILE_K], x.layout)
     weight_slots = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_N, TILE_K], weight.layout)
-    out_slots = gl.allocate_shared_memory(OUT_DTYPE, [2, ROWS, COLUMNS], OUT_LAYOUT)
+    out_slots = gl.allocate_shared_memory(OUT_DTYPE, [2 * OUT_BUFFERS, ROWS, COLUMNS], OUT_LAYOUT)
     full, empty = allocate_barriers(STAGES)
     x_full, x_empty = full, empty
     if ROUNDS:
         x_full, x_empty = allocate_barriers(STAGES)
     rings = Rings(x_slots, weight_slots, out_slots, full, empty, x_full, x_empty)
     result = (out, stride_om, scale_ptr, shift_ptr)
+    begin_in_earnest()
     gl.warp_specialize(
         [
             (consume, (0, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
@@ -386,6 +468,7 @@ def fill(slots, full, empty, stage, parity, desc, first, k):
 @gluon.jit
 def consume(WHO: gl.constexpr, result, rings, tiling, PARTS: gl.constexpr, OUT_BY_TMA: gl.constexpr):
     ROWS: gl.constexpr = rings.out.shape[1]
+    COLUMNS: gl.constexpr = rings.out.shape[2]
     ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiling.TILE_N, 16])
     zeros = gl.zeros([ROWS, tiling.TILE_N], gl.float32, ACCUMULATOR)
     step = 0
@@ -400,6 +483,7 @@ def consume(WHO: gl.constexpr, result, rings, tiling, PARTS: gl.constexpr, OUT_B
                 acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
                 release(rings, step - 1)
                 step += 1
+            vectors = column_vectors(result, first_n, tiling.N, COLUMNS)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             release(rings, step - 1)
         else:
@@ -413,10 +497,11 @@ def consume(WHO: gl.constexpr, result, rings, tiling, PARTS: gl.constexpr, OUT_B
                 x = next_x
                 step += 1
             acc = multiply_rounded(x, rings, acc, step, tiling.K > tiling.TILE_K)
+            vectors = column_vectors(result, first_n, tiling.N, COLUMNS)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             release(rings, step)
             step += 1
-        finish(acc, first_m + WHO * ROWS, first_n, result, rings.out.index(WHO), tiling, PARTS, OUT_BY_TMA)
+        finish(WHO, acc, vectors, first_m + WHO * ROWS, first_n, result, rings, tiling, PARTS, OUT_BY_TMA)
     if OUT_BY_TMA:
         tma.store_wait(0)
 
@@ -451,8 +536,7 @@ def rounded(WHO: gl.constexpr, rings, step, ACCUMULATOR: gl.constexpr):
     ROWS: gl.constexpr = rings.out.shape[1]
     stage, parity = stage_of(step, rings.x_full)
     mbarrier.wait(rings.x_full.index(stage), parity)
-    x = rings.x.index(stage).slice(WHO * ROWS, ROWS, 0).load(gl.DotOperandLayout(0, ACCUMULATOR, 2))
-    return x.to(rings.weight.dtype)
+    return load_spread(rings.x.index(stage).slice(WHO * ROWS, ROWS, 0), ACCUMULATOR).to(rings.weight.dtype)
 
 
 @gluon.jit
@@ -462,23 +546,48 @@ def release(rings, step):
 
 
 @gluon.jit
-def finish(acc, first_m, first_n, result, buffer, tiling, PARTS: gl.constexpr, OUT_BY_TMA: gl.constexpr):
-    """Scales, shifts, activates and stores one consumer's rows of a tile, PARTS column blocks one after another."""
-    out, stride_om, scale_ptr, shift_ptr = result
-    ROWS: gl.constexpr = buffer.shape[0]
-    COLUMNS: gl.constexpr = buffer.shape[1]
+def column_vectors(result, first_n, N, COLUMNS: gl.constexpr):
+    """(scale, shift) of COLUMNS columns, as finish() takes them."""
+    _, _, scale_ptr, shift_ptr = result
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    columns = first_n + gl.arange(0, COLUMNS, gl.SliceLayout(0, PART))
+    inside = columns < N
+    return gl.load(scale_ptr + columns, mask=inside, other=0.0), gl.load(shift_ptr + columns, mask=inside, other=0.0)
+
+
+@gluon.jit
+def finish(
+    WHO: gl.constexpr,
+    acc,
+    vectors,
+    first_m,
+    first_n,
+    result,
+    rings,
+    tiling,
+    PARTS: gl.constexpr,
+    OUT_BY_TMA: gl.constexpr,
+):
+    """Scales, shifts, activates and stores one consumer's rows of a tile, PARTS column blocks one after another. The
+    vectors of the first are given, as those of each come from L2 while the one before is computed."""
+    out, stride_om, _, _ = result
+    ROWS: gl.constexpr = rings.out.shape[1]
+    COLUMNS: gl.constexpr = rings.out.shape[2]
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
     parts = column_parts(acc, ROWS, COLUMNS * PARTS, PARTS)
     for part in gl.static_range(PARTS):
         first = first_n + part * COLUMNS
+        scale, shift = vectors
+        if part + 1 < PARTS:
+            vectors = column_vectors(result, first + COLUMNS, tiling.N, COLUMNS)
         acc_part = gl.convert_layout(parts[part], PART, assert_trivial=True)
-        columns = gl.minimum(first + gl.arange(0, COLUMNS, gl.SliceLayout(0, PART)), tiling.N - 1)
-        scale = gl.expand_dims(gl.load(scale_ptr + columns), 0)
-        shift = gl.expand_dims(gl.load(shift_ptr + columns), 0)
-        y = relu_gelu(acc_part * scale + shift).to(buffer.dtype)
+        y = relu_gelu(acc_part * gl.expand_dims(scale, 0) + gl.expand_dims(shift, 0)).to(rings.out.dtype)
+        if rings.x.dtype != rings.weight.dtype:
+            y = in_order(y)
+        buffer = rings.out.index(WHO * OUT_BUFFERS + part % OUT_BUFFERS)
         if OUT_BY_TMA:
-            tma.store_wait(0)
+            tma.store_wait(OUT_BUFFERS - 1)
             buffer.store(y)
             fence_async_shared()
             tma.async_store(out, [first_m, first], buffer)

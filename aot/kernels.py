@@ -111,7 +111,7 @@ def lbg_fused(
 
 
 @triton.jit
-def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def tile_position(tile, tiles_m, tiles_n, GROUP_M):
     """(row, column) of the tile-th tile: GROUP_M rows of tiles at a time, column by column within a group, so that the
     tiles in flight share their rows of x and of weight in L2."""
     group_first = (tile // (GROUP_M * tiles_n)) * GROUP_M

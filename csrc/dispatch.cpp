@@ -119,6 +119,10 @@ int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
   return c.persistent ? std::min(tiles(c, p), int64_t{sm_count} * c.ctas_per_sm) : tiles(c, p);
 }
 
+bool early(const Config& c, const Problem& p, int32_t sm_count) {
+  return c.tma && (c.persistent || c.tile_m > 64 || p.m <= 2 * c.tile_m || 2 * tiles(c, p) <= sm_count);
+}
+
 const char* why_not(const Config& c, const Problem& p, Alignment pointers, int32_t arch) {
   if (c.arch != arch) return "built for another GPU";
   if (c.x != p.x || c.weight != p.weight || c.out != p.out) return "other dtypes";

@@ -34,6 +34,7 @@ Status open(Driver* out) {
   }
   if (version < kMinimumVersion) return {"the NVIDIA driver is for CUDA " + dotted(version) + needed};
   Driver found{};
+  found.version = version;
 #define LBG_RESOLVE(function, parameters)                                                  \
   found.function = reinterpret_cast<CUresult(*) parameters>(find(#function));              \
   if (!found.function) {                                                                   \

@@ -16,6 +16,21 @@ using CUkernel = struct CUkern_st*;
 using CUstream = struct CUstream_st*;
 using CUtensorMap = uint64_t[16];  // 64-byte aligned
 
+struct alignas(8) CUlaunchAttribute {
+  int id;
+  char pad[4];
+  union {
+    char bytes[64];
+    int programmatic_stream_serialization_allowed;
+  } value;
+};
+struct CUlaunchConfig {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+  CUstream stream;
+  CUlaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+
 constexpr CUresult CUDA_SUCCESS = 0;
 constexpr int CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
@@ -23,6 +38,7 @@ constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
 constexpr int CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;
 constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
+constexpr int CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6;
 constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7;
 constexpr int CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9;
@@ -53,11 +69,10 @@ constexpr int CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
   F(cuTensorMapEncodeTiled, (CUtensorMap * map, int dtype, unsigned rank, void* data, const uint64_t* sizes, \
                              const uint64_t* strides, const unsigned* box, const unsigned* element_strides,  \
                              int interleave, int swizzle, int l2_promotion, int oob_fill))                   \
-  F(cuLaunchKernel,                                                                                          \
-    (CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
-     unsigned block_z, unsigned shared_bytes, CUstream stream, void** params, void** extra))
+  F(cuLaunchKernelEx, (const CUlaunchConfig* config, CUkernel kernel, void** params, void** extra))
 
 struct Driver {
+  int version;  // of CUDA, as 12030 for 12.3
 #define LBG_MEMBER(function, parameters) CUresult(*function) parameters;
   LBG_DRIVER_FUNCTIONS(LBG_MEMBER)
 #undef LBG_MEMBER

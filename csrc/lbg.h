@@ -81,7 +81,7 @@ struct Config {
   bool fp16_accumulate;
   bool aligned;      // relies on aligned loads (see Alignment) and on inner strides of 1
   bool out_aligned;  // relies on aligned stores
-  bool tma;          // its operands come through tensor maps
+  bool tma;          // its operands come through tensor maps; it waits by itself for what the stream ran before it
   bool persistent;   // its CTAs walk the tiles
   int32_t tile_m, tile_n, tile_k, warps, stages;
   int32_t x_box;  // rows of x that one load brings, of a kernel that loads those before M alone; else 0
@@ -139,6 +139,12 @@ int64_t tiles(const Config& config, const Problem& problem);
 
 // CTAs of a launch: one a tile, and no more than fit on the GPU at once if they are persistent.
 int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
+
+// Whether to launch it while what the stream ran before still runs. Its CTAs then all begin at once, which few rows gain
+// by: their time is the weight's way from DRAM. Where CTAs of 64 rows fill the GPU and share rows of the weight, L2 is
+// what bounds them, and that costs more than it gains (on an H100 13.8 to 11.5 us at 16x4096x4096, but 16.9 to 19.4 us
+// at 256x4096x4096).
+bool early(const Config& config, const Problem& problem, int32_t sm_count);
 
 // The config of the problem's class with the lowest predicted time among those that can run, the earlier row on a tie;
 // one that does without an alignment which the call has, only where no other can; nullptr if none can. Allocates

@@ -191,6 +191,7 @@ struct LaunchSite {
   CUkernel kernel;
   CUstream stream;
   uint32_t grid;
+  bool early;  // dispatch.cpp's
 };
 
 namespace {
@@ -251,9 +252,16 @@ Status encode(const LaunchSite& site, const Matrix& matrix, const Box& box, Desc
   return {};
 }
 
+// From CUDA 12.3 on a graph that captures an early launch keeps it as one.
+constexpr int kEarlyVersion = 12030;
+
 Status submit(const LaunchSite& site, const Launch& launch) {
-  LBG_DRIVER_CALL(site.driver, cuLaunchKernel, site.kernel, site.grid, 1, 1, launch.block, 1, 1, launch.shared_bytes,
-                  site.stream, launch.params, nullptr);
+  CUlaunchAttribute early{};
+  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  early.value.programmatic_stream_serialization_allowed = 1;
+  const unsigned attributes = site.early && site.driver.version >= kEarlyVersion;
+  const CUlaunchConfig config{site.grid, 1, 1, launch.block, 1, 1, launch.shared_bytes, site.stream, &early, attributes};
+  LBG_DRIVER_CALL(site.driver, cuLaunchKernelEx, &config, site.kernel, launch.params, nullptr);
   return {};
 }
 
@@ -304,8 +312,10 @@ Status run(const Problem& given, const Operands& operands, int32_t ordinal, void
   CUkernel kernel = nullptr;
   status = ready_kernel(*driver, *device, *config, &kernel);
   if (status.ok()) {
-    const auto ctas = static_cast<uint32_t>(grid(*config, problem, device->gpu.sm_count));
-    status = config->launch(LaunchSite{*driver, kernel, static_cast<CUstream>(stream), ctas}, problem, operands);
+    const int32_t sm_count = device->gpu.sm_count;
+    const LaunchSite site{*driver, kernel, static_cast<CUstream>(stream),
+                          static_cast<uint32_t>(grid(*config, problem, sm_count)), early(*config, problem, sm_count)};
+    status = config->launch(site, problem, operands);
   }
   return status.ok() ? status : in_kernel(*config, problem, status);
 }

@@ -281,6 +281,39 @@ def test_it_runs_on_the_current_stream() -> None:
     cases.check(case, arguments, result)
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["stream", "graph"])
+@pytest.mark.parametrize("dtype", [F16, F32], ids=str)
+@pytest.mark.parametrize("m", [1, 16, 256, 2048])
+def test_a_call_waits_for_what_the_stream_ran_before(m: int, dtype: torch.dtype, captured: bool) -> None:
+    """A launch may begin early, and what it reads and writes is what the kernels before it write and read."""
+    case = Case(m, 1024, 1024, x=dtype, out=dtype)
+    x, weight, scale, shift = cases.make(case, "cuda")
+    given = [(torch.randn_like(x), torch.randn_like(weight) / 32) for _ in range(4)]
+    expected = []
+    for pair in given:
+        expected.append(lbg.fused(*pair, scale, shift))
+        torch.cuda.synchronize()
+    out, results = torch.empty_like(expected[0]), [torch.empty_like(expected[0]) for _ in range(40)]
+
+    def chain() -> None:
+        for i, result in enumerate(results):
+            x.copy_(given[i % 4][0])
+            weight.copy_(given[i % 4][1])
+            lbg.fused(x, weight, scale, shift, out=out)
+            result.copy_(out)
+
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        graph.replay()
+    else:
+        chain()
+    torch.cuda.synchronize()
+    wrong = [i for i, result in enumerate(results) if not torch.equal(result, expected[i % 4])]
+    assert not wrong, f"{case}: calls {wrong} of {len(results)}"
+
+
 def test_a_graph_replays_on_new_data() -> None:
     case = Case(100, 256, 256)
     arguments = cases.make(case, "cuda")

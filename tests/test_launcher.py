@@ -28,7 +28,7 @@ from tests.stand_in.call import launch
 def show(value): print(json.dumps(value))
 """
 ADA, HOPPER = "NVIDIA GeForce RTX 4090:89:128", "NVIDIA H100 80GB HBM3:90:132"
-AFTER_LOAD = ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+AFTER_LOAD = ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernelEx", "cuCtxPopCurrent_v2"]
 
 
 @dataclass
@@ -101,7 +101,7 @@ show(texts)
 def test_every_launch_is_right(start: Start) -> None:
     outcome = start(EVERY_KERNEL, gpus=f"{ADA},{HOPPER}")
     shipped = sorted(lbg.configs(), key=lambda config: config.arch)  # stable: the order of the program's launches
-    launches = outcome.of("cuLaunchKernel")
+    launches = outcome.of("cuLaunchKernelEx")
     assert outcome.printed == [""] * len(shipped) == [""] * len(launches)
     pointers = [0x10000, 0x20000, 0x30000, 0x40000, 0x50000]
     for config, call in zip(shipped, launches):
@@ -113,6 +113,7 @@ def test_every_launch_is_right(start: Start) -> None:
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
         assert (call["shared_bytes"], call["stream"]) == (config.shared_bytes, 0x99), config
+        assert call["early"] == begins_early(config, m, n, 132), config
         if config.tma:
             x, weight, scale, shift, out = pointers
             maps = [
@@ -120,17 +121,39 @@ def test_every_launch_is_right(start: Start) -> None:
                 [weight, n, k, 4112, 1],
                 [out, m, n, 352, 1] if config.persistent and config.out_aligned else [out],
             ]
-            wanted = [*maps[0], *maps[1], scale, shift, *maps[2], m, n, k, 352, 0, 0]
+            asks_l2 = [] if config.persistent else [weight, 4112]
+            wanted = [*maps[0], *maps[1], scale, shift, *maps[2], m, n, k, 352, *asks_l2, 0, 0]
         else:
             wanted = [*pointers, m, n, k, *strides, 0, 0]
         assert call["params"] == wanted, config
+
+
+def begins_early(config: lbg.Config, m: int, n: int, sm_count: int) -> bool:
+    """Whether a launch may overlap what the stream ran before: only kernels that wait for that by themselves, and not
+    tiles of 64 rows that share the weight among so many CTAs that L2 is what bounds them."""
+    tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
+    return config.tma and (config.persistent or config.tile_m > 64 or m <= 2 * config.tile_m or 2 * tiles <= sm_count)
+
+
+@pytest.mark.parametrize(("version", "early"), [("12020", 0), ("12030", 1)])
+def test_a_launch_is_early_where_graphs_keep_it_so(start: Start, version: str, early: int) -> None:
+    outcome = start("show([launch(m, 4096, 4096) for m in (16, 256, 4096)])", gpus=HOPPER, VERSION=version)
+    assert outcome.printed == [""] * 3
+    few, shared, many = outcome.of("cuLaunchKernelEx")
+    assert "_64x128x64_" in shared["symbol"]  # 128 CTAs, four to a weight row
+    assert [few["early"], shared["early"], many["early"]] == [early, 0, early]
+
+
+def test_a_kernel_that_does_not_wait_by_itself_is_never_early(start: Start) -> None:
+    outcome = start("show([launch(m, 4096, 4096) for m in (1, 16, 4096)] + [launch(8, 64, 65)])")
+    assert outcome.printed == [""] * 4 and [call["early"] for call in outcome.of("cuLaunchKernelEx")] == [0] * 4
 
 
 def test_tensor_maps_are_those_that_triton_makes(start: Start) -> None:
     outcome = start("""show([launch(16384, 4096, 4096, device=0, x=x, weight=weight, out=out)
       for weight in ("float16", "bfloat16") for x in (weight, "float32") for out in (weight, "float32")])""",
         gpus=HOPPER)  # fmt: skip
-    maps, launches = outcome.of("cuTensorMapEncodeTiled"), outcome.of("cuLaunchKernel")
+    maps, launches = outcome.of("cuTensorMapEncodeTiled"), outcome.of("cuLaunchKernelEx")
     assert outcome.printed == [""] * 8 and [call["grid"] for call in launches] == [[132, 1, 1]] * 8
     made = {(call["dtype"], call["data"]): call for call in maps}
     for dtype in (6, 7, 9):  # CUtensorMapDataType: float16, float32, bfloat16
@@ -163,7 +186,7 @@ show(texts)""", gpus=HOPPER)  # fmt: skip
     for call in outcome.calls:
         if call["call"] == "cuTensorMapEncodeTiled":
             seen += 1
-        elif call["call"] == "cuLaunchKernel":
+        elif call["call"] == "cuLaunchKernelEx":
             counts.append(seen)
             seen = 0
     # all; none; x and weight of another K; x and the result of other rows; the result's dtype and, as its place in
@@ -190,7 +213,7 @@ show([*texts, *(launch(**(sizes | change)) for change in {NO_MAP!r}.values())])"
     )
     assert outcome.printed[0] == "" and outcome.printed[-len(NO_MAP) :] == [""] * len(NO_MAP)
     assert all("cannot run" in text for text in outcome.printed[1 : 1 + len(NO_MAP)]), outcome.printed
-    assert [call["symbol"].endswith("_ws") for call in outcome.of("cuLaunchKernel")] == [True] + [False] * len(NO_MAP)
+    assert [call["symbol"].endswith("_ws") for call in outcome.of("cuLaunchKernelEx")] == [True] + [False] * len(NO_MAP)
 
 
 def test_the_map_of_a_single_row_has_a_stride_that_maps_can_hold(start: Start) -> None:
@@ -207,7 +230,7 @@ def test_strides_of_single_elements_are_normalised(start: Start) -> None:
 show([launch(1, 64, 128, strides=(7, 1, 128, 1, 1, 1, 13, 1)),
       launch(1, 1, 128, strides=(7, 1, 9, 1, 3, 5, 13, 11)),
       launch(5, 7, 1, strides=(1, 17, 1, 19, 1, 1, 7, 1))])""")
-    row, single, thin = outcome.of("cuLaunchKernel")
+    row, single, thin = outcome.of("cuLaunchKernelEx")
     assert outcome.printed == ["", "", ""]
     assert not row["symbol"].endswith("_any") and row["params"][5:-2] == [1, 64, 128, 0, 128, 0], row
     assert single["params"][5:-2] == [1, 1, 128, 0, 0, 0], single
@@ -234,7 +257,7 @@ def test_what_is_not_aligned_takes_a_kernel_that_does_not_rely_on_it(start: Star
         f"changes = {UNALIGNED!r}\nshow([launch(64, 64, 64)] + "
         "[launch(c.pop('m', 64), c.pop('n', 64), c.pop('k', 64), **c) for c in changes.values()])"
     )
-    plain, *rest = outcome.of("cuLaunchKernel")
+    plain, *rest = outcome.of("cuLaunchKernelEx")
     assert outcome.printed == [""] * (1 + len(UNALIGNED)) and not plain["symbol"].endswith(("_any", "_anyout"))
     for what, call in zip(UNALIGNED, rest, strict=True):
         assert call["symbol"].endswith("_anyout" if what in RESULT_ALONE else "_any"), f"{what}: {call}"
@@ -255,7 +278,7 @@ def test_importing_calls_no_driver(start: Start) -> None:
 
 def test_a_second_call_loads_nothing(start: Start) -> None:
     outcome = start("show([launch(64, 64, 64), launch(64, 64, 64)])")
-    first = outcome.names.index("cuLaunchKernel") + 2  # after the context is popped
+    first = outcome.names.index("cuLaunchKernelEx") + 2  # after the context is popped
     assert outcome.printed == ["", ""] and outcome.names[first:] == AFTER_LOAD
 
 
@@ -280,7 +303,7 @@ def test_shared_memory_over_48_kb_is_opted_in_to(start: Start) -> None:
 def test_a_gpu_with_less_shared_memory_is_told_so(start: Start) -> None:
     outcome = start("show(launch(16384, 4096, 4096))", gpus=HOPPER, OPTIN="65536")
     assert "bytes of shared memory a block and NVIDIA H100 80GB HBM3 allows 65536" in outcome.printed
-    assert not outcome.of("cuLaunchKernel")
+    assert not outcome.of("cuLaunchKernelEx")
 
 
 def test_a_second_device_is_readied_apart_and_loads_nothing_again(start: Start) -> None:
@@ -288,7 +311,7 @@ def test_a_second_device_is_readied_apart_and_loads_nothing_again(start: Start) 
     assert outcome.printed == ["", "", ""] and len(outcome.of("cuLibraryLoadData")) == 1
     assert [call["device"] for call in outcome.of("cuKernelSetAttribute")] == [0, 1]
     assert [call["device"] for call in outcome.of("cuDevicePrimaryCtxRetain")] == [0, 1]
-    assert [call["context"] for call in outcome.of("cuLaunchKernel")] == [0, 1, 0]
+    assert [call["context"] for call in outcome.of("cuLaunchKernelEx")] == [0, 1, 0]
 
 
 def test_loading_is_allowed_under_capture_and_the_mode_restored(start: Start) -> None:
@@ -310,8 +333,8 @@ threads = [threading.Thread(target=race) for _ in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 show(texts)""")
-    assert outcome.printed == [""] * 16 and len(outcome.of("cuLaunchKernel")) == 16
-    assert len({call["thread"] for call in outcome.of("cuLaunchKernel")}) == 8
+    assert outcome.printed == [""] * 16 and len(outcome.of("cuLaunchKernelEx")) == 16
+    assert len({call["thread"] for call in outcome.of("cuLaunchKernelEx")}) == 8
     loaded = [call["symbol"] for call in outcome.of("cuLibraryGetKernel")]
     assert len(loaded) == len(set(loaded)) == len(outcome.of("cuLibraryLoadData")) == 2
     assert len(outcome.of("cuInit")) == len(outcome.of("cuDevicePrimaryCtxRetain")) == 1
@@ -331,7 +354,7 @@ show([launch(64, 64, 64), launch(64, 64, 64)])
 def test_a_thread_without_a_context_gets_the_primary_one(start: Start) -> None:
     outcome = start("show([launch(64, 64, 64), launch(64, 64, 64)])")
     assert [call["context"] for call in outcome.of("cuCtxGetCurrent")] == [-1, -1]
-    assert [call["context"] for call in outcome.of("cuLaunchKernel")] == [0, 0]
+    assert [call["context"] for call in outcome.of("cuLaunchKernelEx")] == [0, 0]
 
 
 def test_a_current_primary_context_is_left_alone(start: Start) -> None:
@@ -342,7 +365,7 @@ def test_a_current_primary_context_is_left_alone(start: Start) -> None:
 
 def test_another_devices_context_is_put_back(start: Start) -> None:
     outcome = start(WITH_CONTEXT.format(device=1), gpus=f"{ADA},{ADA}")
-    assert outcome.printed == ["", ""] and [call["context"] for call in outcome.of("cuLaunchKernel")] == [0, 0]
+    assert outcome.printed == ["", ""] and [call["context"] for call in outcome.of("cuLaunchKernelEx")] == [0, 0]
     assert [call["context"] for call in outcome.of("cuCtxGetCurrent")] == [1, 1]
 
 
@@ -362,7 +385,7 @@ FAILING = {
     "cuLibraryGetKernel": "cuLibraryGetKernel",
     "cuKernelSetAttribute": "cuKernelSetAttribute",
     "cuTensorMapEncodeTiled": "cuTensorMapEncodeTiled",
-    "cuLaunchKernel": "cuLaunchKernel",
+    "cuLaunchKernelEx": "cuLaunchKernelEx",
 }
 FAIL_THEN_SUCCEED = """
 texts = []
@@ -381,12 +404,12 @@ def test_each_failing_function_is_named_and_forgotten(start: Start) -> None:
     for (function, told), text in zip(FAILING.items(), texts, strict=True):
         wanted = f"{told} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700): an illegal memory access was encountered"
         assert text.endswith(wanted), f"{function}: {text}"
-    assert last == "" and [call["result"] for call in outcome.of("cuLaunchKernel")] == [700, 0]
+    assert last == "" and [call["result"] for call in outcome.of("cuLaunchKernelEx")] == [700, 0]
     assert outcome.of("cuThreadExchangeStreamCaptureMode")[-1]["to"] == 0
     assert len(outcome.of("cuCtxPushCurrent_v2")) == len(outcome.of("cuCtxPopCurrent_v2")) + 1  # the failed one
 
 
-@pytest.mark.parametrize("function", ["cuLibraryLoadData", "cuLaunchKernel"])
+@pytest.mark.parametrize("function", ["cuLibraryLoadData", "cuLaunchKernelEx"])
 def test_a_failed_launch_tells_kernel_and_sizes(start: Start, function: str) -> None:
     text = start("show(launch(96, 160, 4096, x='float32'))", FAIL=f"{function}:2").printed
     assert text.startswith("kernel lbg_fused_f32asf16_f16_") and function in text, text
@@ -403,8 +426,8 @@ except RuntimeError as error: show(str(error))""", FAIL="cuLibraryLoadData:209")
 
 
 def test_an_error_that_the_driver_cannot_name_keeps_its_number(start: Start) -> None:
-    outcome = start("show(launch(64, 64, 64))", FAIL="cuLaunchKernel:12345")
-    assert outcome.printed.endswith("cuLaunchKernel failed: unknown CUresult (12345): no description")
+    outcome = start("show(launch(64, 64, 64))", FAIL="cuLaunchKernelEx:12345")
+    assert outcome.printed.endswith("cuLaunchKernelEx failed: unknown CUresult (12345): no description")
 
 
 def test_a_driver_that_does_not_open_is_told(start: Start, tmp_path: Path) -> None:

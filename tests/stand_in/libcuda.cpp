@@ -4,7 +4,7 @@
 //   LBG_STAND_IN_LOG      the file that the calls are appended to
 //   LBG_STAND_IN_GPUS     "NVIDIA GeForce RTX 4090:89:128,NVIDIA H100:90:132": name, compute capability, SM count
 //   LBG_STAND_IN_VERSION  what cuDriverGetVersion tells, 12080 unless set
-//   LBG_STAND_IN_FAIL     "cuLaunchKernel:700": that function returns that CUresult
+//   LBG_STAND_IN_FAIL     "cuLaunchKernelEx:700": that function returns that CUresult
 //   LBG_STAND_IN_OPTIN    the most shared memory a block can opt in to, instead of the arch's
 #include <elf.h>
 #include <fcntl.h>
@@ -334,21 +334,27 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, int dtype, unsigned rank, void
   });
 }
 
-CUresult cuLaunchKernel(CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                        unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** params,
-                        void**) {
-  Call call("cuLaunchKernel");
-  call.add("symbol", kernel->symbol).add("grid", std::vector<int64_t>{grid_x, grid_y, grid_z});
-  call.add("block", std::vector<int64_t>{block_x, block_y, block_z}).add("shared_bytes", shared_bytes);
-  call.add("stream", reinterpret_cast<int64_t>(stream)).add("params", values(kernel->symbol, params));
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUkernel kernel, void** params, void**) {
+  const CUlaunchConfig& c = *config;
+  bool early = false, known = true;
+  for (unsigned i = 0; i < c.attribute_count; ++i) {
+    known = known && c.attributes[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    early = c.attributes[i].value.programmatic_stream_serialization_allowed == 1;
+  }
+  Call call("cuLaunchKernelEx");
+  call.add("symbol", kernel->symbol).add("grid", std::vector<int64_t>{c.grid_x, c.grid_y, c.grid_z});
+  call.add("block", std::vector<int64_t>{c.block_x, c.block_y, c.block_z}).add("shared_bytes", c.shared_bytes);
+  call.add("stream", reinterpret_cast<int64_t>(c.stream)).add("params", values(kernel->symbol, params));
+  call.add("early", static_cast<int>(early));
   return call.run([&] {
     if (t_contexts.empty()) return kInvalidContext;
+    if (!known) return kInvalidValue;
     const int device = t_contexts.back()->device;
     if (gpus()[device].arch != kernel->arch) return kNoBinary;
     std::lock_guard<std::mutex> lock(g_mutex);
     const auto limit = kernel->shared_limit.find(device);
     const unsigned allowed = limit == kernel->shared_limit.end() ? 48 * 1024 : limit->second;
-    return shared_bytes <= allowed ? CUDA_SUCCESS : kInvalidValue;
+    return c.shared_bytes <= allowed ? CUDA_SUCCESS : kInvalidValue;
   });
 }
 

@@ -185,7 +185,8 @@ def time_kernels(
                     raise KernelError(symbol, str(lasting)) from error
                 wrong[symbol] = str(error)
                 continue
-            medians[symbol] = timed_us(lambda: call(case, arguments[0], out), bench.evict)
+            # The shorter of two: a host that is late would have a good kernel left out.
+            medians[symbol] = min(timed_us(lambda: call(case, arguments[0], out), bench.evict) for _ in range(2))
     if not medians:
         return {}, wrong
     best = min(medians.values())

@@ -186,7 +186,7 @@ def _ws(dtypes: DTypes, few: bool) -> Iterator[Tile]:
     x, _, out, _ = dtypes
     for m, n, k in WS_FEW if few else WS_SHAPES:
         result = m * n * ELEMENT_BYTES[out]
-        parts = max(1, result // (2 * WS_BUFFER_BYTES))  # two consumers
+        parts = max(OUT_BUFFERS, result // (2 * WS_BUFFER_BYTES))  # of two consumers
         each = (m * ELEMENT_BYTES[x] + n * 2) * k
         room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - OUT_BUFFERS * result // parts
         yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel="ws")

@@ -1,4 +1,5 @@
-"""What dispatch expects of each kernel's time: measured where evidence_sm_XY.json has its symbol, else modelled.
+"""What dispatch expects of each kernel's time: measured where evidence_sm_XY.json has its symbol, or that of the float16
+kernel whose instructions it runs with bfloat16 data; else modelled.
 
 The formula is csrc/lbg.h's predicted_us, the model aot/model.py; `build.py tune` and `python -m tests.bench.fit`
 measure and write. No cubin depends on a cost, so that a new one compiles nothing again.
@@ -6,6 +7,7 @@ measure and write. No cubin depends on a cost, so that a new one compiles nothin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from aot import evidence, model
@@ -22,6 +24,13 @@ def measured(arch: int) -> dict[str, Cost]:
     return {symbol: Cost(**row["cost"]) for symbol, row in rows.items()}
 
 
+def float16_twin(config: Config) -> Config:
+    x, weight, out = ("f16" if dtype == "bf16" else dtype for dtype in (config.x, config.weight, config.out))
+    return replace(config, x=x, weight=weight, out=out)
+
+
 def cost(config: Config, report: Report) -> Cost:
     """What is not measured is modelled from the config's own report, for its arch's reference chip."""
-    return measured(config.arch).get(config.symbol) or model.cost(config, report, REFERENCE[config.arch])
+    found = measured(config.arch)
+    own = found.get(config.symbol) or found.get(float16_twin(config).symbol)
+    return own or model.cost(config, report, REFERENCE[config.arch])

@@ -392,6 +392,7 @@ def lbg_fused_ws(
     OUT_BY_TMA: gl.constexpr,
     SYMBOL: gl.constexpr,
 ):
+    gl.static_assert(EPILOGUE_PARTS % OUT_BUFFERS == 0, "a tile must leave the buffers as it found them")
     ROUNDS: gl.constexpr = x.dtype != weight.dtype
     ROWS: gl.constexpr = TILE_M // 2
     COLUMNS: gl.constexpr = TILE_N // EPILOGUE_PARTS

@@ -120,7 +120,9 @@ int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
 }
 
 bool early(const Config& c, const Problem& p, int32_t sm_count) {
-  return c.tma && (c.persistent || c.tile_m > 64 || p.m <= 2 * c.tile_m || 2 * tiles(c, p) <= sm_count);
+  if (!c.tma) return false;
+  const bool shares_l2 = !c.persistent && c.tile_m <= 64 && p.m > 2 * c.tile_m && 2 * tiles(c, p) > sm_count;
+  return !shares_l2 || p.k <= 1024;
 }
 
 const char* why_not(const Config& c, const Problem& p, Alignment pointers, int32_t arch) {

@@ -140,10 +140,10 @@ int64_t tiles(const Config& config, const Problem& problem);
 // CTAs of a launch: one a tile, and no more than fit on the GPU at once if they are persistent.
 int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
 
-// Whether to launch it while what the stream ran before still runs. Its CTAs then all begin at once, which few rows gain
-// by: their time is the weight's way from DRAM. Where CTAs of 64 rows fill the GPU and share rows of the weight, L2 is
-// what bounds them, and that costs more than it gains (on an H100 13.8 to 11.5 us at 16x4096x4096, but 16.9 to 19.4 us
-// at 256x4096x4096).
+// Whether to launch it while what the stream ran before still runs, if it waits for that by itself: the launch then costs
+// 1 to 2 us less (on an H100 13.8 to 11.5 us at 16x4096x4096). But its CTAs all begin at once, and where those of 64
+// rows fill the GPU and share rows of the weight, L2 bounds them, and that costs the more the longer K is (16.9 to 19.4
+// us at 256x4096x4096).
 bool early(const Config& config, const Problem& problem, int32_t sm_count);
 
 // The config of the problem's class with the lowest predicted time among those that can run, the earlier row on a tie;

@@ -403,6 +403,12 @@ def test_a_class_that_dispatch_cannot_rely_on(rows: list[Config], told: str) -> 
         check_classes(rows)
 
 
+def test_a_result_whose_parts_leave_a_buffer_in_use_is_refused() -> None:
+    ws = next(config for config in CONFIGS if config.kernel == "ws" and config.out_aligned)
+    with pytest.raises(Exception, match="a tile must leave the buffers as it found them"):
+        compile.to_ptx(replace(ws, epilogue_parts=1))
+
+
 def test_a_measured_cost_is_taken_and_compiles_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modelled, fresh = compile.cached(SMALL, 89, tmp_path)
     measured = costs.Cost(*(float(i) for i in range(len(fields(costs.Cost)))))
@@ -427,4 +433,6 @@ def test_a_file_of_costs_is_read_by_symbol(
     assert costs.cost(SMALL, small.report).launch_us == 9.0
     other = replace(SMALL, out="f32")
     assert costs.cost(other, small.report) == model.cost(other, small.report, REFERENCE[89])
+    bfloat16 = replace(SMALL, x="bf16", weight="bf16", out="bf16")  # the same instructions
+    assert costs.cost(bfloat16, small.report).launch_us == 9.0
     costs.measured.cache_clear()

@@ -113,7 +113,7 @@ def test_every_launch_is_right(start: Start) -> None:
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
         assert (call["shared_bytes"], call["stream"]) == (config.shared_bytes, 0x99), config
-        assert call["early"] == begins_early(config, m, n, 132), config
+        assert call["early"] == begins_early(config, m, n, k, 132), config
         if config.tma:
             x, weight, scale, shift, out = pointers
             maps = [
@@ -128,11 +128,12 @@ def test_every_launch_is_right(start: Start) -> None:
         assert call["params"] == wanted, config
 
 
-def begins_early(config: lbg.Config, m: int, n: int, sm_count: int) -> bool:
+def begins_early(config: lbg.Config, m: int, n: int, k: int, sm_count: int) -> bool:
     """Whether a launch may overlap what the stream ran before: only kernels that wait for that by themselves, and not
-    tiles of 64 rows that share the weight among so many CTAs that L2 is what bounds them."""
+    tiles of 64 rows that share the weight among so many CTAs for so long that L2 is what bounds them."""
     tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
-    return config.tma and (config.persistent or config.tile_m > 64 or m <= 2 * config.tile_m or 2 * tiles <= sm_count)
+    shares_l2 = not config.persistent and config.tile_m <= 64 and m > 2 * config.tile_m and 2 * tiles > sm_count
+    return config.tma and (k <= 1024 or not shares_l2)
 
 
 @pytest.mark.parametrize(("version", "early"), [("12020", 0), ("12030", 1)])

@@ -18,9 +18,10 @@ from aot import BuildError, candidates, configs, evidence, rules, selection, tun
 from aot.candidates import Candidate, Excluded
 from aot.configs import CONFIGS, ROWS
 from aot.fitting import CONSTANTS, predicted_us
-from aot.journal import Head, Journal, Key, read
+from aot.journal import Head, Journal, Key, Timed, read
 from aot.model import Cost
 from aot.tune import Compiled, Package
+from tests.bench import fit
 from tests.bench import tune as bench
 
 NAMES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
@@ -444,3 +445,21 @@ def test_what_fails_to_compile_is_left_out_with_the_reason(tmp_path: Path, monke
     assert [a.config for a in artifacts] == [c.config for c in made.compiled] == config[:1]
     assert "a fast kernel spills" in made.excluded[0].why and made.excluded[0].name == config[1].symbol
     assert "left out" in tune.told(made)
+
+
+def test_a_fit_takes_from_a_journal_what_it_has_no_times_of(tmp_path: Path) -> None:
+    first, second = [config for config in CONFIGS if config.arch == 90 and config.aligned][:2]
+    other = replace(first, tile_n=64, stages=2)  # a candidate that is not shipped
+    assert other.symbol not in {config.symbol for config in CONFIGS}
+    kernels = {config.symbol: kernel(config) for config in (first, second, other)}
+    path = tmp_path / "journal.jsonl"
+    head = Head(Key("H100", "580", "abc"), 90, 90, 132, {"gpu": "H100"}, kernels)
+    Journal(path, head).add(Timed(KIND, "rows", "16x64x128", dict.fromkeys(kernels, 5.0)))
+    times = [fit.Time(16, 64, 128, config.symbol, 4.0, False) for config in (first, other)]
+    made = {symbol: fit.lbg.Config(**kernels[symbol]) for symbol in (first.symbol, other.symbol)}
+    run = fit.Run({"gpu": "H100"}, 132, made, times)
+    found = run.with_journal(path)
+    assert found.times == [times[0], fit.Time(16, 64, 128, second.symbol, 5.0, False)]
+    assert set(found.kernels) == {first.symbol, second.symbol}
+    with pytest.raises(BuildError, match="is of a H100, these times of a H200"):
+        replace(run, facts={"gpu": "H200"}).with_journal(path)

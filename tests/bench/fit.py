@@ -3,7 +3,8 @@
     python -m tests.bench.fit --fit aot/evidence_sm_90.json  measures every kernel over a grid, writes its constants
     python -m tests.bench.fit --validate                     on other shapes: the chosen kernel against the best one
 
---times FILE keeps what was measured and --from FILE takes it instead of a GPU; with --validate --from, --costs FILE
+--times FILE keeps what was measured and --from FILE takes it instead of a GPU; --journal FILE, a tuner's of the same GPU,
+adds its times of kernels that are shipped now and were not measured then; with --validate --from, --costs FILE
 (evidence) chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for and no triton. Every
 result is checked before it is timed. Times are medians of rounds in random order, of graphs whose weights are not in
 L2.
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 import lbg
-from aot import evidence
+from aot import BuildError, evidence, journal
+from aot.configs import CONFIGS
 from aot.fitting import CONSTANTS, HOPELESS, Time, by_shape, fit_all, predicted_us
 from tests import cases
 from tests.bench.machine import facts
@@ -55,6 +57,23 @@ class Run:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)) + "\n")
+
+    def with_journal(self, path: Path) -> Run:
+        """With the times that a tuner's journal has of kernels that this run has none of; of what is shipped alone."""
+        record = journal.read(path)
+        if record.head.facts["gpu"] != self.facts["gpu"]:
+            raise BuildError(f"{path} is of a {record.head.facts['gpu']}, these times of a {self.facts['gpu']}")
+        shipped = {config.symbol for config in CONFIGS if config.aligned}
+        missing = (shipped & record.head.kernels.keys()) - {time.symbol for time in self.times}
+        more = [
+            Time(*each.sizes, symbol, us, False)
+            for each in record.timed
+            for symbol, us in each.us.items()
+            if symbol in missing
+        ]
+        kernels = self.kernels | {symbol: lbg.Config(**record.head.kernels[symbol]) for symbol in missing}
+        times = [time for time in self.times if time.symbol in shipped] + more
+        return Run(self.facts, self.sm_count, {s: c for s, c in kernels.items() if s in shipped}, times)
 
     @staticmethod
     def load(path: Path) -> Run:
@@ -294,6 +313,7 @@ def main() -> None:
     what.add_argument("--validate", action="store_true", help="tell how far the choices are from the best")
     parser.add_argument("--times", type=Path, help="where to keep what is measured")
     parser.add_argument("--from", type=Path, dest="source", metavar="TIMES", help="take these times: needs no GPU")
+    parser.add_argument("--journal", type=Path, help="a tuner's, for kernels that have no times yet")
     parser.add_argument("--costs", type=Path, help="choose by these constants instead of the wheel's")
     parser.add_argument("--count", type=int, help="random shapes: of each class to fit (100), in all to validate (200)")
     parser.add_argument("--json", type=Path, help="where to write how far the choices are from the best")
@@ -306,6 +326,8 @@ def main() -> None:
             run = measure_all(wanted)
     if arguments.times:
         run.save(arguments.times)
+    if arguments.journal:
+        run = run.with_journal(arguments.journal)
     fitted = json.loads(arguments.costs.read_text())["tune"]["costs"]["kernels"] if arguments.costs else None
     if arguments.fit:
         if strange := [symbol for symbol, config in run.kernels.items() if config.compiled_arch != config.arch]:

@@ -1,5 +1,5 @@
-"""What dispatch expects of each kernel's time: measured where evidence_sm_XY.json has its symbol, or that of the float16
-kernel whose instructions it runs with bfloat16 data; else modelled.
+"""What dispatch expects of each kernel's time: measured where evidence_sm_XY.json has its symbol, or that of the
+float16 kernel whose instructions it runs with bfloat16 data; else modelled.
 
 The formula is csrc/lbg.h's predicted_us, the model aot/model.py; `build.py tune` and `python -m tests.bench.fit`
 measure and write. No cubin depends on a cost, so that a new one compiles nothing again.

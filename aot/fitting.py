@@ -7,13 +7,13 @@ Arithmetic over records, with numpy alone: it runs where the times are taken (te
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from aot.rules import HasSizes
+from aot.rules import Launched, late_us
 
 HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
 
@@ -30,7 +30,7 @@ class Time:
     chosen: bool  # by the wheel's dispatch
 
 
-class Kernel(HasSizes, Protocol):
+class Kernel(Launched, Protocol):
     """Of lbg.Config, what a predicted time depends on; besides, an attribute for each of CONSTANTS."""
 
     @property
@@ -67,7 +67,8 @@ USUAL = 0.05  # a relative error of the formula
 
 
 def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.ndarray) -> np.ndarray:
-    """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us while no maximum in it changes sides.
+    """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us, but for what a late launch takes, while
+    no maximum in it changes sides.
 
     `linear` is CONSTANTS, but the last of them inverted.
     """
@@ -104,7 +105,7 @@ def linear_of(cost: dict[str, float]) -> np.ndarray:
 
 def predicted_us(config: Kernel, shapes: np.ndarray, sm_count: int, cost: dict[str, float]) -> np.ndarray:
     linear = linear_of(cost)
-    return coefficients(config, shapes, sm_count, linear) @ linear
+    return coefficients(config, shapes, sm_count, linear) @ linear + late_us(config, *shapes.T, sm_count)
 
 
 def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -158,7 +159,10 @@ def by_shape(run: Run) -> list[list[Time]]:
     return [list(group.values()) for group in groups.values()]
 
 
-def fit_all(run: Run) -> dict[str, dict[str, Any]]:
+TELLING = 4  # how much more the time of a shape counts that people ask about
+
+
+def fit_all(run: Run, telling: Collection[tuple[int, int, int]] = ()) -> dict[str, dict[str, Any]]:
     """By symbol: constants, over how many shapes, and what is left of their times: rms and worst relative error."""
     groups = by_shape(run)
     best = {id(time): min(t.us for t in group) for group in groups for time in group}
@@ -172,8 +176,10 @@ def fit_all(run: Run) -> dict[str, dict[str, Any]]:
         shapes, us = np.array([(t.m, t.n, t.k) for t in times]), np.array([t.us for t in times])
         # Where a kernel may be chosen, its time matters most.
         weight = (np.array([best[id(t)] for t in times]) / us) ** 2
-        linear = fit(config, shapes, us, weight, run.sm_count)
-        off = coefficients(config, shapes, run.sm_count, linear) @ linear / us - 1
+        weight *= [TELLING if (t.m, t.n, t.k) in telling else 1 for t in times]
+        late = late_us(config, *shapes.T, run.sm_count)
+        linear = fit(config, shapes, us - late, weight, run.sm_count)
+        off = (coefficients(config, shapes, run.sm_count, linear) @ linear + late) / us - 1
         values = [float(f"{value:.4g}") for value in linear[:-1]] + [round(1 / max(linear[-1], 1e-9))]
         found[symbol] = {
             "cost": dict(zip(CONSTANTS, values)),

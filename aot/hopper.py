@@ -12,8 +12,7 @@ on their way.
 Either rounds a float32 x on its way from shared memory to wgmma, which takes that operand from registers: a consumer
 reads the next step's x while this step's is multiplied. Written back to shared memory instead, it would be moved twice
 more there, and an SM's 128 bytes a cycle are what the many-rows kernel is bound by: of each 128x256x64 step's 1024
-cycles of wgmma, 16-bit operands take 128 KB, a float32 x 160 (each of its loads meets twice in a bank), one that is
-rounded in shared memory 192.
+cycles of wgmma, 16-bit operands take 128 KB, a float32 x 160, one that is rounded in shared memory 192.
 
     16-bit x     TMA ---> x, weight ---> wgmma            float32 x    TMA ---> x ---round, registers---> wgmma
                                                                        TMA ---> weight -----------------> wgmma
@@ -44,11 +43,11 @@ from aot.kernels import column_parts, relu_gelu, symbol, tile_position
 
 # ---- few rows
 
-# A CTA reads its rows of the weight alone, or together with its neighbours: they need not push x out of L2.
-LINE_BYTES = gl.constexpr(128)  # of L2
-# Tiles of rows up to which the weight's way from DRAM is the time. CTAs of more share rows of the weight, are bound by L2,
-# and take longer where all find their first operands there at once: csrc/lbg.h's early().
+# Tiles of rows up to which the weight's way from DRAM is the time. CTAs of more share rows of the weight, are bound by
+# L2, and take longer where all find their first operands there at once: csrc/lbg.h's early().
 ASK_TILES_M = gl.constexpr(2)
+LINE_BYTES = gl.constexpr(128)  # of L2
+# A CTA reads its rows of the weight alone, or together with its neighbours: they need not push x out of L2.
 READ_ONCE = gl.constexpr(CachePolicy(l2=FractionalEvictionPolicy("evict_first", 1.0)))
 
 
@@ -111,7 +110,7 @@ def begin_in_earnest():
 
 @gluon.jit
 def ask_l2(ptr, stride, first, rows, K, ROWS: gl.constexpr, DEPTH: gl.constexpr):
-    """Has L2 read the first DEPTH of K of ROWS rows, a line by a thread; the last row stands for those past the edge."""
+    """Has L2 read the first DEPTH of K of ROWS rows, a line by a thread. Past an edge, the last row or column again."""
     LINES: gl.constexpr = DEPTH * ptr.dtype.element_ty.primitive_bitwidth // 8 // LINE_BYTES
     LINE: gl.constexpr = DEPTH // LINES
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // min(LINES, 32), min(LINES, 32)], [gl.num_warps(), 1], [1, 0])

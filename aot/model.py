@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
 from aot.configs import ELEMENT_BYTES, Config
-from aot.rules import grid
+from aot.rules import grid, late_us
 
 if TYPE_CHECKING:
     from aot.compile import Report
@@ -177,7 +177,8 @@ def predicted_us(config: Config, cost: Cost, at_once: int, m: int, n: int, k: in
         step_us = max(up(ctas, sm_count) * cost.step_us, cost.latency_us)
         busy += count * (cost.wave_us + steps * (step_us + boxes_us + ctas / sm_count * crowd_us))
     memory = memory_us(config, cost, m, n, k, sm_count)
-    return cost.launch_us + max(busy, memory) + min(busy, memory) / 10
+    late = float(late_us(config, m, n, k, sm_count))
+    return cost.launch_us + max(busy, memory) + min(busy, memory) / 10 + late
 
 
 def dram_bytes(config: Config, chip: Chip, m: int, n: int, k: int) -> int:

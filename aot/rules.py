@@ -60,6 +60,13 @@ class HasTile(HasSizes, Protocol):
     def stages(self) -> int: ...
 
 
+class Launched(HasSizes, Protocol):
+    @property
+    def tma(self) -> bool: ...
+    @property
+    def persistent(self) -> bool: ...
+
+
 def facts(registers: int, spill_bytes: int, ctas_per_sm: dict[str, int], inputs: int) -> Facts:
     """From a build report: ctas_per_sm holds the CTAs of an SM by each limit, and "all".
 
@@ -141,6 +148,17 @@ def grid(m: int, n: int, tile_m: int, tile_n: int) -> int:
     if count < 1:
         raise BuildError(f"M={m}, N={n} in tiles of {tile_m}x{tile_n} is an empty grid; sizes are 1 or more")
     return count
+
+
+LATE_US = 1.3  # csrc/lbg.h's kLateUs
+
+
+def late_us(config: Launched, m: Any, n: Any, k: Any, sm_count: int) -> Any:
+    """What a launch takes that does not begin early, by csrc/lbg.h's early(); of numbers, or of arrays."""
+    if not config.tma or config.persistent or config.tile_m > 64:
+        return 0.0
+    tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
+    return LATE_US * ((m > 2 * config.tile_m) & (2 * tiles > sm_count) & (k > 1024))
 
 
 def gains_enough(us: float, simpler_us: float, margin: float = 0.0) -> bool:

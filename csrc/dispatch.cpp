@@ -152,7 +152,8 @@ double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
   const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
   const double moved = m * k * bytes(p.x) + n * k * bytes(p.weight) + m * n * bytes(p.out);
   const double memory = moved / (sm_count * c.cost.dram_bytes_per_us);
-  return c.cost.launch_us + std::max(busy, memory) + std::min(busy, memory) / 10;
+  const double late = c.tma && !early(c, p, sm_count) ? kLateUs : 0;
+  return c.cost.launch_us + std::max(busy, memory) + std::min(busy, memory) / 10 + late;
 }
 
 namespace {

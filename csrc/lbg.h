@@ -128,6 +128,7 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c)
 //   memory       = bytes of x, weight and result / (sm_count * dram_bytes_per_us)
 //   predicted_us = launch_us + max(busy, memory) + min(busy, memory) / 10
+//                  + (kLateUs, if it loads through tensor maps and early() says no)
 //
 // From M = x_box on nothing is filled: the last box begins early enough to be full (aot/hopper.py's full_box).
 // A persistent kernel's CTAs take tiles in waves all the same, so one formula serves both. Memory and work overlap but
@@ -135,15 +136,18 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 // RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of an SM's share.
 double predicted_us(const Config& config, const Problem& problem, int32_t sm_count);
 
+// What a launch takes that might have begun early: the median of what a fit found for 68 kernels on an H100.
+constexpr double kLateUs = 1.3;
+
 int64_t tiles(const Config& config, const Problem& problem);
 
 // CTAs of a launch: one a tile, and no more than fit on the GPU at once if they are persistent.
 int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
 
-// Whether to launch it while what the stream ran before still runs, if it waits for that by itself: the launch then costs
-// 1 to 2 us less (on an H100 13.8 to 11.5 us at 16x4096x4096). But its CTAs all begin at once, and where those of 64
-// rows fill the GPU and share rows of the weight, L2 bounds them, and that costs the more the longer K is (16.9 to 19.4
-// us at 256x4096x4096).
+// Whether to launch it while what the stream ran before still runs, if it waits for that by itself: the launch then
+// costs 1 to 2 us less (on an H100 13.8 to 11.5 us at 16x4096x4096). But its CTAs all begin at once, and where those of
+// 64 rows fill the GPU and share rows of the weight, L2 bounds them, and that costs the more the longer K is (16.9
+// to 19.4 us at 256x4096x4096).
 bool early(const Config& config, const Problem& problem, int32_t sm_count);
 
 // The config of the problem's class with the lowest predicted time among those that can run, the earlier row on a tie;

@@ -260,7 +260,8 @@ Status submit(const LaunchSite& site, const Launch& launch) {
   early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
   early.value.programmatic_stream_serialization_allowed = 1;
   const unsigned attributes = site.early && site.driver.version >= kEarlyVersion;
-  const CUlaunchConfig config{site.grid, 1, 1, launch.block, 1, 1, launch.shared_bytes, site.stream, &early, attributes};
+  const CUlaunchConfig config{site.grid,           1,           1,      launch.block, 1, 1,
+                              launch.shared_bytes, site.stream, &early, attributes};
   LBG_DRIVER_CALL(site.driver, cuLaunchKernelEx, &config, site.kernel, launch.params, nullptr);
   return {};
 }

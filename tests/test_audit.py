@@ -245,6 +245,7 @@ def test_the_formula_is_that_of_dispatch(root: Path, tmp_path: Path) -> None:
     for config, cost, ctas, shape, sms in cases:
         numbers += [ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out)]
         numbers += [config.tile_m, config.tile_n, config.tile_k, config.x_box, ctas, *astuple(cost), *shape, sms]
+        numbers.append(int(config.tma))
     told = subprocess.run([program, *map(str, numbers)], capture_output=True, text=True, check=True).stdout.split()
     mine = [model.predicted_us(config, cost, ctas, *shape, sms) for config, cost, ctas, shape, sms in cases]
     assert len(cases) == len(told) and [float(text) for text in told] == pytest.approx(mine, rel=1e-7)

@@ -292,9 +292,10 @@ def test_rows_that_start_on_16_bytes_are_all_that_is_promised() -> None:
     for stores in (True, False):
         assert "stride_on" in compile.signature(replace(SMALL, out_aligned=stores))[1]
     vectors = {"scale_ptr": 16, "shift_ptr": 16, "K": 8}
+    asked_for = {"weight_ptr": 16, "stride_wn": 8}  # of L2
     assert promised(WS) == vectors | {"N": 8, "stride_om": 8}
-    assert promised(RING) == promised(WS) | {"out_ptr": 16}
-    assert promised(replace(RING, out_aligned=False)) == vectors
+    assert promised(RING) == promised(WS) | {"out_ptr": 16} | asked_for
+    assert promised(replace(RING, out_aligned=False)) == vectors | asked_for
 
 
 def test_a_result_without_alignment_is_stored_by_elements(tmp_path: Path) -> None:
@@ -312,8 +313,8 @@ def test_what_is_promised_is_no_argument(small: compile.Artifact) -> None:
 @pytest.mark.parametrize("config", [WS, RING], ids=lambda config: config.kernel)
 def test_a_hopper_kernels_parameters_are_those_that_its_launcher_passes(tmp_path: Path, config: Config) -> None:
     artifact = compile.build(config, 90, tmp_path / "cubin")
-    out = "out" if config is WS else "out_ptr"
-    assert artifact.arguments == ("x", "weight", "scale_ptr", "shift_ptr", out, "M", "N", "K", "stride_om")
+    out, more = ("out", ()) if config is WS else ("out_ptr", ("weight_ptr", "stride_wn"))
+    assert artifact.arguments == ("x", "weight", "scale_ptr", "shift_ptr", out, "M", "N", "K", "stride_om", *more)
     # 128 bytes each, whose swizzle has number 3
     boxes = {"x": (128, 64, 3), "weight": (128, 64, 3), "out": (64, 64, 3)}
     assert artifact.boxes == (boxes if config is WS else {"x": (16, 64, 3), "weight": (64, 64, 3)})
@@ -322,7 +323,8 @@ def test_a_hopper_kernels_parameters_are_those_that_its_launcher_passes(tmp_path
     found = re.findall(r"\.param (?:\.align 64 )?\.(\w+)[^,]*?(?:\[(\d+)\])?(?:,|$)", entry[1].strip(), re.MULTILINE)
     sizes = [{"b8": int(count or 0), "u32": 4, "u64": 8}[kind] for kind, count in found]
     matrix = [128, 4, 4, 8, 8]
-    assert sizes == [*matrix, *matrix, 8, 8, *(matrix if config is WS else [8]), 4, 4, 4, 8, 8, 8], entry[1]
+    ours = [*matrix, *matrix, 8, 8, *(matrix if config is WS else [8]), 4, 4, 4, 8, *[8 for _ in more]]
+    assert sizes == [*ours, 8, 8], entry[1]  # two scratch pointers last
 
 
 @pytest.mark.filterwarnings("ignore:setup.py install is deprecated")  # how setuptools makes a wheel

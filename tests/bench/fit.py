@@ -3,8 +3,8 @@
     python -m tests.bench.fit --fit aot/evidence_sm_90.json  measures every kernel over a grid, writes its constants
     python -m tests.bench.fit --validate                     on other shapes: the chosen kernel against the best one
 
---times FILE keeps what was measured and --from FILE takes it instead of a GPU; --journal FILE, a tuner's of the same GPU,
-adds its times of kernels that are shipped now and were not measured then; with --validate --from, --costs FILE
+--times FILE keeps what was measured and --from FILE takes it instead of a GPU; --journal FILE, a tuner's of the same
+GPU, adds its times of kernels that are shipped now and were not measured then; with --validate --from, --costs FILE
 (evidence) chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for and no triton. Every
 result is checked before it is timed. Times are medians of rounds in random order, of graphs whose weights are not in
 L2.
@@ -332,7 +332,7 @@ def main() -> None:
     if arguments.fit:
         if strange := [symbol for symbol, config in run.kernels.items() if config.compiled_arch != config.arch]:
             raise RuntimeError(f"{strange[0]} is a verification build's: its times are no GPU's that it is shipped for")
-        fitted = fit_all(run)
+        fitted = fit_all(run, BENCHMARKS)
         head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": f"{COMMAND} {arguments.fit}"}
         write_costs(arguments.fit, run, head | {"facts": run.facts, "kernels": fitted})
         print(f"{len(fitted)} of {len(run.kernels)} kernels fitted: rms and worst relative error")

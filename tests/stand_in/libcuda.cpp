@@ -153,8 +153,10 @@ std::vector<int64_t> values(const std::string& symbol, void** params) {
   std::string layout = "ppppp" + sizes + "ppp";
   if (is("_ws")) {
     layout = map + map + vectors + map + sizes + "p";
-  } else if (is("_ws_anyout") || is("_ring") || is("_ring_anyout")) {
+  } else if (is("_ws_anyout")) {
     layout = map + map + vectors + "p" + sizes + "p";
+  } else if (is("_ring") || is("_ring_anyout")) {
+    layout = map + map + vectors + "p" + sizes + "ppp";  // the weight's pointer and stride last
   } else if (is("_any")) {
     layout = "ppppp" + std::string("ppp") + "pppppppp";
   }

@@ -67,8 +67,8 @@ USUAL = 0.05  # a relative error of the formula
 
 
 def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.ndarray) -> np.ndarray:
-    """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us, but for what a late launch takes, while
-    no maximum in it changes sides.
+    """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us without what a late launch takes,
+    while no maximum in it changes sides.
 
     `linear` is CONSTANTS, but the last of them inverted.
     """

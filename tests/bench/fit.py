@@ -333,7 +333,9 @@ def main() -> None:
         if strange := [symbol for symbol, config in run.kernels.items() if config.compiled_arch != config.arch]:
             raise RuntimeError(f"{strange[0]} is a verification build's: its times are no GPU's that it is shipped for")
         fitted = fit_all(run, BENCHMARKS)
-        head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": f"{COMMAND} {arguments.fit}"}
+        sources = (("--from", arguments.source), ("--journal", arguments.journal))
+        command = " ".join([COMMAND, str(arguments.fit), *(f"{flag} {path}" for flag, path in sources if path)])
+        head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": command}
         write_costs(arguments.fit, run, head | {"facts": run.facts, "kernels": fitted})
         print(f"{len(fitted)} of {len(run.kernels)} kernels fitted: rms and worst relative error")
         for symbol, row in fitted.items():

@@ -101,6 +101,7 @@ def lbg_fused_async(
     x_ring = gl.allocate_shared_memory(dtype, [X_STAGES, TILE_M, TILE_K], shared_layout(TILE_K))
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_N, TILE_K], shared_layout(TILE_K))
     acc = gl.zeros((TILE_M, TILE_N), gl.float32, mma)
+    chunk = gl.zeros((TILE_M, TILE_N), gl.float16, mma)  # of fp16_accumulate: the last, not in acc yet
 
     for stage in gl.static_range(AHEAD):
         copy_step(x_ring, w_ring, stage, x_ptrs, w_ptrs, offs_k, stage * TILE_K, x_end, K, X32)
@@ -123,7 +124,7 @@ def lbg_fused_async(
             slot = (step + AHEAD) % STAGES
             if FP16_ACCUMULATE:
                 copy_step(x_ring, w_ring, slot, x_now, w_now, offs_k, k, x_left, left, X32)
-                acc = add_chunks(x_tile, w_tile, acc, TILE_K, TILE_N, mma)
+                acc, chunk = add_chunks(x_tile, w_tile, acc, chunk, TILE_K, mma)
             else:
                 # The first loads go before the copies, which take longer to issue and whose results are not awaited.
                 x = x_operand(x_tile, 0, UNIT_K, mma)
@@ -135,6 +136,8 @@ def lbg_fused_async(
                 k = (step + 2) * TILE_K
                 x_next = gl.load(x_now + k, mask=offs_k + k < x_left, other=0.0)
     async_copy.wait_group(0)
+    if FP16_ACCUMULATE:
+        acc += chunk.to(gl.float32)
 
     # Each part is finished and stored before the next is begun.
     acc = in_result_order(acc, WARPS_N, PAIRS)
@@ -176,14 +179,16 @@ def add_products(x_tile, w_tile, acc, x, w, TILE_K: gl.constexpr, UNIT_K: gl.con
 
 
 @gluon.jit
-def add_chunks(x_tile, w_tile, acc, TILE_K: gl.constexpr, TILE_N: gl.constexpr, mma: gl.constexpr):
-    """The same with the sums of FP16_CHUNK products in float16."""
+def add_chunks(x_tile, w_tile, acc, last, TILE_K: gl.constexpr, mma: gl.constexpr):
+    """(the same with the sums of FP16_CHUNK products in float16, the last such sum): a chunk is added to acc while the
+    next one multiplies."""
     for first_k in gl.static_range(0, TILE_K, FP16_CHUNK):
-        chunk = gl.zeros((acc.shape[0], TILE_N), gl.float16, mma)
+        chunk = gl.zeros(acc.shape, gl.float16, mma)
         for k in gl.static_range(first_k, first_k + FP16_CHUNK, 16):
             chunk = mma_v2(x_operand(x_tile, k, 16, mma), w_operand(w_tile, k, 16, mma), chunk)
-        acc += chunk.to(gl.float32)
-    return acc
+        acc += last.to(gl.float32)
+        last = chunk
+    return acc, last
 
 
 @gluon.jit

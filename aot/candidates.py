@@ -96,6 +96,7 @@ def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple
     few = promise == "any_out"  # the last resort of an aligned call, and no other's: the main shapes are enough
     if arch == 90:
         yield from ((tile, "ws") for tile in _ws(dtypes, few))
+        yield from ((tile, "ping-pong") for tile in _pingpong(dtypes, few))
         yield from ((tile, "ring") for tile in _ring(dtypes, few))
     else:
         yield from ((tile, "async") for tile in _async(arch, dtypes, few))
@@ -161,6 +162,8 @@ RING_SHAPES = {
 RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 128, 64), (128, 128, 64))
 WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 128, 128), (128, 64, 64), (256, 128, 64), (256, 64, 64))
 WS_FEW = WS_SHAPES[:2]
+PINGPONG_SHAPES = ((128, 128, 64), (64, 256, 64))
+PINGPONG_FEW = PINGPONG_SHAPES[:1]
 WS_BUFFER_BYTES = 8192  # of a part of a consumer's result, on its way out: it has OUT_BUFFERS
 OUT_BUFFERS = 2  # aot/hopper.py's
 
@@ -190,6 +193,17 @@ def _ws(dtypes: DTypes, few: bool) -> Iterator[Tile]:
         each = (m * ELEMENT_BYTES[x] + n * 2) * k
         room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - OUT_BUFFERS * result // parts
         yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel="ws")
+
+
+def _pingpong(dtypes: DTypes, few: bool) -> Iterator[Tile]:
+    """The same of consumers with a whole tile each."""
+    x, _, out, _ = dtypes
+    for m, n, k in PINGPONG_FEW if few else PINGPONG_SHAPES:
+        result = m * n * ELEMENT_BYTES[out]
+        parts = max(OUT_BUFFERS, result // WS_BUFFER_BYTES)
+        each = (m * ELEMENT_BYTES[x] + n * 2) * k
+        room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - 2 * OUT_BUFFERS * result // parts
+        yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel="pingpong")
 
 
 # ---- both: aot/kernels.py, with the user's warps and stages

@@ -32,7 +32,11 @@ PTX_VERSION = 88
 MOST_OTHER_SLOTS = 0.5
 
 # Beside kernels.py, whose functions they all share.
-SOURCES: dict[str, tuple[str, ...]] = {"tile": (), "async": ("ada.py",), "ring": ("hopper.py",), "ws": ("hopper.py",)}
+SOURCES: dict[str, tuple[str, ...]] = {
+    "tile": (),
+    "async": ("ada.py",),
+    **dict.fromkeys(("ring", "ws", "pingpong"), ("hopper.py",)),
+}
 
 TRITON_TYPES = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
 POINTERS = ("x_ptr", "weight_ptr", "scale_ptr", "shift_ptr", "out_ptr")
@@ -165,12 +169,12 @@ def tma_signature(
         layout = gl.NVMMASharedLayout.get_default_for([rows, columns], elements[dtype])
         return f"tensordesc<{TRITON_TYPES[dtype]}[{rows},{columns}],{layout!r}>"
 
-    ws = config.kernel == "ws"
+    ws = config.persistent
     out, out_type = "out_ptr", "*" + TRITON_TYPES[config.out]
     if ws:
         out = "out"
         if config.out_aligned:  # a part of a consumer's rows
-            out_type = tensor_map(config.out, config.tile_m // 2, config.tile_n // config.epilogue_parts)
+            out_type = tensor_map(config.out, config.consumer_rows, config.tile_n // config.epilogue_parts)
     types = {
         # The ring kernel loads an operand 128 bytes wide, a swizzle's width.
         "x": tensor_map(config.x, config.tile_m if ws else config.x_box,
@@ -193,6 +197,7 @@ def tma_signature(
     if ws:
         constants |= {"EPILOGUE_PARTS": config.epilogue_parts}
         constants |= {"OUT_DTYPE": elements[config.out], "OUT_BY_TMA": config.out_aligned}
+        constants |= {"IN_TURN": config.kernel == "pingpong"}
     else:
         constants |= {"OUT_ALIGNED": config.out_aligned}
     constants |= {"SYMBOL": config.symbol}
@@ -220,9 +225,9 @@ def to_ptx(config: Config) -> Compiled:
     types, constants, hints = signature(config)
     options = {"num_warps": config.program_warps, "enable_fp_fusion": True, "ptx_version": PTX_VERSION}
     if config.tma:
-        kernel = hopper.lbg_fused_ws if config.kernel == "ws" else hopper.lbg_fused_ring
+        kernel = hopper.lbg_fused_ws if config.persistent else hopper.lbg_fused_ring
         source = GluonASTSource(fn=kernel, signature=types, constexprs=constants, attrs=hints)
-        options |= {"maxnreg": hopper.WS_REGISTERS} if config.kernel == "ws" else {}
+        options |= {"maxnreg": hopper.WS_REGISTERS} if config.persistent else {}
     elif config.kernel == "async":
         source = GluonASTSource(fn=ada.lbg_fused_async, signature=types, constexprs=constants, attrs=hints)
     else:
@@ -269,13 +274,13 @@ def assemble(ptx: str, arch: int, cubin: Path) -> tuple[int, int, int]:
 def stored_bytes(config: Config, instructions: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
     """What a CTA stores of one tile, if each store instruction runs once."""
     threads = config.program_warps * 32
-    by_threads = sum(map(sass.store_bytes, instructions)) * threads
+    by_threads = sum(map(sass.store_bytes, instructions)) * threads // config.tiles_at_once
     if not (tma_stores := sum(i.opcode.startswith("UTMASTG") for i in instructions)):
         return by_threads
     rows, columns, _ = boxes["out"]
     # a warp's leader stores one box
     at_once = min(config.tile_n // config.epilogue_parts // columns, config.program_warps)
-    return by_threads + tma_stores * at_once * rows * columns * ELEMENT_BYTES[config.out]
+    return by_threads + tma_stores * at_once * rows * columns * ELEMENT_BYTES[config.out] // config.tiles_at_once
 
 
 def store_width(config: Config, instructions: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
@@ -352,7 +357,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     instructions = sass.read(_run(tool("cuobjdump"), "-sass", str(cubin)))
     bodies = sass.loops(instructions)
     main = sass.main_loop(bodies)
-    roles = config.multiplying_warps // config.program_warps  # each with a main loop and an epilogue of its own
+    roles = config.consumers  # each with a main loop and an epilogue of its own
     loaders = [i for body in sass.innermost(bodies, "TMA load") if not any(map(sass.is_mma, body)) for i in body]
     ctas = ctas_per_sm(config, registers, compiled.shared_bytes)
     outputs = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]

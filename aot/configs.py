@@ -37,7 +37,7 @@ class Config:
     stages: int
     epilogue_parts: int = 1  # 2 where the epilogue of a whole tile would spill
     group_m: int = 8  # tiles_m that share a pass over the weight, so that what is in flight stays in L2; ws has its own
-    kernel: str = "tile"  # aot/kernels.py's lbg_fused; "async" of aot/ada.py; "ring" or "ws" of aot/hopper.py
+    kernel: str = "tile"  # aot/kernels.py's lbg_fused; "async" of ada.py; "ring", "ws", "pingpong" of hopper.py
     x_box: int = 0  # ring: rows of x that are loaded at a time
     warps_m: int = 0  # async: of the warps, how many lie along M
     unit_k: int = 0  # async: how deep the operands are that a warp holds in registers, twice
@@ -47,28 +47,45 @@ class Config:
     def symbol(self) -> str:
         x = self.x if self.x == self.weight else f"{self.x}as{self.weight}"
         mode = "_acc16" if self.fp16_accumulate else ""
-        kind = {"tile": "", "async": "_async", "ring": f"_b{self.x_box}_ring", "ws": "_ws"}[self.kernel]
+        ring = f"_b{self.x_box}_ring"
+        kind = {"tile": "", "async": "_async", "ring": ring, "ws": "_ws", "pingpong": "_pp"}[self.kernel]
         kind += "" if self.out_aligned else "_anyout" if self.aligned else "_any"
         return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{self.stages}{kind}"
 
     @property
     def tma(self) -> bool:
         """Whether its operands come through tensor maps, which the launcher makes."""
-        return self.kernel in ("ring", "ws")
+        return self.kernel == "ring" or self.persistent
 
     @property
     def persistent(self) -> bool:
         """Whether its CTAs walk the tiles."""
-        return self.kernel == "ws"
+        return self.kernel in ("ws", "pingpong")
 
     @property
     def program_warps(self) -> int:
-        """Warps that run an instruction of the part that multiplies and stores; ws has that part twice."""
-        return {"ring": self.warps - 4, "ws": 4}.get(self.kernel, self.warps)
+        """Warps that run an instruction of the part that multiplies and stores."""
+        return 4 if self.persistent else self.warps - 4 if self.kernel == "ring" else self.warps
+
+    @property
+    def consumers(self) -> int:
+        """How often it has that part."""
+        return 2 if self.persistent else 1
 
     @property
     def multiplying_warps(self) -> int:
+        """Warps that share a tile."""
         return self.program_warps * (2 if self.kernel == "ws" else 1)
+
+    @property
+    def consumer_rows(self) -> int:
+        """Of a tile, what one consumer holds."""
+        return self.tile_m * self.program_warps // self.multiplying_warps
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Of a CTA."""
+        return self.consumers * self.consumer_rows // self.tile_m
 
     @property
     def tile_products(self) -> int:
@@ -176,7 +193,7 @@ def regime(config: Config) -> str:
     if not config.aligned:
         return "any M"
     rows = config.x_box or config.tile_m
-    size = "few rows" if rows <= 32 else "some rows" if rows == 64 else "many rows"
+    size = "few rows" if rows <= 32 else "some rows" if rows == 64 else "many rows" if rows == 128 else "most rows"
     return size if config.out_aligned else f"{size}, any result"
 
 

@@ -6,8 +6,10 @@ lbg_fused_ring is for few rows, where reading the weight once is the time: a til
 its way as shared memory holds.
 
 lbg_fused_ws is for many: one CTA an SM walks the tiles. One warp asks for operands, several K steps ahead; two
-warpgroups multiply half of a tile's rows each, and then finish and store that half while the next tile's operands are
-on their way.
+warpgroups consume them, in one of two ways. Either each multiplies half of a tile's rows, and then finishes and stores
+that half while the next tile's operands are on their way: a tile twice as large needs fewer bytes of L2. Or they take
+whole tiles by turns ("ping-pong"): while one finishes its tile the other multiplies, and of a short K or of few waves
+of tiles less time is lost.
 
 Either rounds a float32 x on its way from shared memory to wgmma, which takes that operand from registers: a consumer
 reads the next step's x while this step's is multiplied. Written back to shared memory instead, it would be moved twice
@@ -338,6 +340,11 @@ class Tiling:
     TILE_M: gl.constexpr
     TILE_N: gl.constexpr
     TILE_K: gl.constexpr
+    IN_TURN: gl.constexpr  # consumers take whole tiles by turns; else each has half of every tile's rows
+
+    @gluon.jit
+    def steps(self):
+        return gl.cdiv(self.K, self.TILE_K)
 
     @gluon.jit
     def count(self):
@@ -345,10 +352,10 @@ class Tiling:
 
     @gluon.jit
     def origin(self, tile):
-        """(first row, first column) of the tile-th tile."""
+        """(first row, first column) of the tile-th tile; an edge's begins early enough to be whole."""
         tiles_m, tiles_n = gl.cdiv(self.M, self.TILE_M), gl.cdiv(self.N, self.TILE_N)
         tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, gl.where(tiles_n > FEW_COLUMNS, 8, 4))
-        return tile_m * self.TILE_M, tile_n * self.TILE_N
+        return full_box(tile_m * self.TILE_M, self.M, self.TILE_M), full_box(tile_n * self.TILE_N, self.N, self.TILE_N)
 
 
 @gluon.aggregate
@@ -363,6 +370,7 @@ class Rings:
     empty: gl.shared_memory_descriptor
     x_full: gl.shared_memory_descriptor
     x_empty: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor  # of each consumer, if they take tiles by turns
 
 
 @gluon.jit
@@ -389,22 +397,28 @@ def lbg_fused_ws(
     EPILOGUE_PARTS: gl.constexpr,
     OUT_DTYPE: gl.constexpr,
     OUT_BY_TMA: gl.constexpr,
+    IN_TURN: gl.constexpr,
     SYMBOL: gl.constexpr,
 ):
     gl.static_assert(EPILOGUE_PARTS % OUT_BUFFERS == 0, "a tile must leave the buffers as it found them")
     ROUNDS: gl.constexpr = x.dtype != weight.dtype
-    ROWS: gl.constexpr = TILE_M // 2
+    ROWS: gl.constexpr = TILE_M if IN_TURN else TILE_M // 2
     COLUMNS: gl.constexpr = TILE_N // EPILOGUE_PARTS
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], OUT_DTYPE)
-    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K)
+    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, IN_TURN)
     x_slots = gl.allocate_shared_memory(x.dtype, [STAGES, TILE_M, TILE_K], x.layout)
     weight_slots = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_N, TILE_K], weight.layout)
     out_slots = gl.allocate_shared_memory(OUT_DTYPE, [2 * OUT_BUFFERS, ROWS, COLUMNS], OUT_LAYOUT)
-    full, empty = allocate_barriers(STAGES)
+    full, empty = allocate_barriers(STAGES, 1 if IN_TURN else 2)
     x_full, x_empty = full, empty
     if ROUNDS:
-        x_full, x_empty = allocate_barriers(STAGES)
-    rings = Rings(x_slots, weight_slots, out_slots, full, empty, x_full, x_empty)
+        x_full, x_empty = allocate_barriers(STAGES, 1 if IN_TURN else 2)
+    turn = full
+    if IN_TURN:
+        turn = mbarrier.allocate_mbarrier(batch=2)
+        mbarrier.init(turn.index(0), count=1)
+        mbarrier.init(turn.index(1), count=1)
+    rings = Rings(x_slots, weight_slots, out_slots, full, empty, x_full, x_empty, turn)
     result = (out, stride_om, scale_ptr, shift_ptr)
     begin_in_earnest()
     gl.warp_specialize(
@@ -419,19 +433,20 @@ def lbg_fused_ws(
 
 
 @gluon.jit
-def allocate_barriers(STAGES: gl.constexpr):
-    """(full, empty) of one ring: a loader arrives at full, both consumers at empty."""
+def allocate_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(full, empty) of one ring: a loader arrives at full, those who consume a tile at empty."""
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
     return full, empty
 
 
 @gluon.jit
 def load(x, weight, rings, tiling):
-    # What lies past an edge is read as 0 and never stored, so K needs no tail and M and N no masks.
+    # What lies past the end of K is read as 0, and so are rows of a matrix smaller than a tile, which are not stored:
+    # there is no tail and no mask.
     step = 0
     for tile in range(gl.program_id(0), tiling.count(), gl.num_programs(0)):
         first_m, first_n = tiling.origin(tile)
@@ -471,48 +486,67 @@ def consume(WHO: gl.constexpr, result, rings, tiling, PARTS: gl.constexpr, OUT_B
     COLUMNS: gl.constexpr = rings.out.shape[2]
     ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiling.TILE_N, 16])
     zeros = gl.zeros([ROWS, tiling.TILE_N], gl.float32, ACCUMULATOR)
-    step = 0
-    for tile in range(gl.program_id(0), tiling.count(), gl.num_programs(0)):
+    FIRST_ROW: gl.constexpr = 0 if tiling.IN_TURN else WHO * ROWS
+    TURNS: gl.constexpr = 2 if tiling.IN_TURN else 1
+    TURN: gl.constexpr = WHO if tiling.IN_TURN else 0
+    step = TURN * tiling.steps()
+    parity = WHO ^ 1  # of the turn; the first is the first consumer's
+    for tile in range(gl.program_id(0) + TURN * gl.num_programs(0), tiling.count(), TURNS * gl.num_programs(0)):
         first_m, first_n = tiling.origin(tile)
+        if tiling.IN_TURN:
+            # A wait tells odd rounds of a ring from even ones, no more: none may begin while the other's steps are out.
+            mbarrier.wait(rings.turn.index(WHO), parity)
+            parity ^= 1
         if rings.x.dtype == rings.weight.dtype:
-            acc = multiply(WHO, rings, zeros, step, False)
+            acc = multiply(FIRST_ROW, rings, zeros, step, False)
             step += 1
             for _ in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
-                acc = multiply(WHO, rings, acc, step, True)
+                acc = multiply(FIRST_ROW, rings, acc, step, True)
                 # With this step's product under way, the last one's operands are done with.
                 acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
                 release(rings, step - 1)
                 step += 1
+            end_turn(WHO, rings, tiling)
             vectors = column_vectors(result, first_n, tiling.N, COLUMNS)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             release(rings, step - 1)
         else:
             acc = zeros
-            x = rounded(WHO, rings, step, ACCUMULATOR)
+            x = rounded(FIRST_ROW, rings, step, ACCUMULATOR)
             for k in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
                 acc = multiply_rounded(x, rings, acc, step, k > tiling.TILE_K)
-                next_x = rounded(WHO, rings, step + 1, ACCUMULATOR)
+                next_x = rounded(FIRST_ROW, rings, step + 1, ACCUMULATOR)
                 acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
                 release(rings, step)
                 x = next_x
                 step += 1
             acc = multiply_rounded(x, rings, acc, step, tiling.K > tiling.TILE_K)
+            end_turn(WHO, rings, tiling)
             vectors = column_vectors(result, first_n, tiling.N, COLUMNS)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             release(rings, step)
             step += 1
-        finish(WHO, acc, vectors, first_m + WHO * ROWS, first_n, result, rings, tiling, PARTS, OUT_BY_TMA)
+        finish(WHO, acc, vectors, first_m + FIRST_ROW, first_n, result, rings, tiling, PARTS, OUT_BY_TMA)
+        if tiling.IN_TURN:
+            step += tiling.steps()  # the other's
     if OUT_BY_TMA:
         tma.store_wait(0)
 
 
 @gluon.jit
-def multiply(WHO: gl.constexpr, rings, acc, step, ADD: gl.constexpr):
+def end_turn(WHO: gl.constexpr, rings, tiling):
+    """All of this consumer's operands have come: the other may begin to wait for its own."""
+    if tiling.IN_TURN:
+        mbarrier.arrive(rings.turn.index(1 - WHO))
+
+
+@gluon.jit
+def multiply(FIRST_ROW: gl.constexpr, rings, acc, step, ADD: gl.constexpr):
     """Begins acc + x @ weight.T for one consumer's rows of one step; without ADD, x @ weight.T."""
     ROWS: gl.constexpr = rings.out.shape[1]
     stage, parity = stage_of(step, rings.full)
     mbarrier.wait(rings.full.index(stage), parity)
-    x = rings.x.index(stage).slice(WHO * ROWS, ROWS, 0)
+    x = rings.x.index(stage).slice(FIRST_ROW, ROWS, 0)
     return warpgroup_mma(x, rings.weight.index(stage).permute((1, 0)), acc, use_acc=ADD, is_async=True)
 
 
@@ -531,12 +565,12 @@ def multiply_rounded(x, rings, acc, step, add):
 
 
 @gluon.jit
-def rounded(WHO: gl.constexpr, rings, step, ACCUMULATOR: gl.constexpr):
+def rounded(FIRST_ROW: gl.constexpr, rings, step, ACCUMULATOR: gl.constexpr):
     """One consumer's rows of a step's x, in weight's dtype, as wgmma takes them from registers."""
     ROWS: gl.constexpr = rings.out.shape[1]
     stage, parity = stage_of(step, rings.x_full)
     mbarrier.wait(rings.x_full.index(stage), parity)
-    return load_spread(rings.x.index(stage).slice(WHO * ROWS, ROWS, 0), ACCUMULATOR).to(rings.weight.dtype)
+    return load_spread(rings.x.index(stage).slice(FIRST_ROW, ROWS, 0), ACCUMULATOR).to(rings.weight.dtype)
 
 
 @gluon.jit

@@ -121,8 +121,9 @@ def cost(config: Config, report: Report, chip: Chip) -> Cost:
     """The formula's constants for one kernel on one chip."""
     took = step(config, report, chip)
     fill_us, drain_us = chip.dram_latency_us, epilogue_us(config, report, chip)
-    # A second CTA multiplies while one fills or drains, and so does a persistent kernel's loader: it shows but once.
-    hidden = ctas(config, report, chip) > 1
+    # A second CTA multiplies while one fills or drains, or the other consumer of a kernel whose consumers take turns;
+    # and a persistent kernel's loader goes on: it shows but once.
+    hidden = ctas(config, report, chip) * config.tiles_at_once > 1
     once_us = fill_us + drain_us if hidden else fill_us if config.persistent else 0.0
     wave_us = 0.0 if hidden else drain_us if config.persistent else fill_us + drain_us
     # wgmma reads shared memory itself, asynchronously, and the loops leave one under way: all units overlap.

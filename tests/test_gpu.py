@@ -79,8 +79,9 @@ def test_every_kernel_is_right_on_every_case_that_it_takes(config: lbg.Config) -
 
 @pytest.mark.parametrize("dtypes", cases.CLASSES, ids=str)
 def test_all_kernels_of_a_class_give_the_same_bits(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, bool]) -> None:
-    # whole tiles and ragged ones; results that start on 16 bytes, and results that do not
-    for m, n, k in ((300, 192, 4096), (17, 80, 720), (150, 333, 1000)):
+    # Whole tiles and ragged ones; results that start on 16 bytes, and results that do not; and several tiles for each
+    # CTA that walks them, of fewer K steps than are on their way at once and of more.
+    for m, n, k in ((300, 192, 4096), (17, 80, 720), (150, 333, 1000), (4000, 2120, 200), (3001, 3000, 712)):
         case = cases.of_class(Case(m, n, k), dtypes)
         arguments = cases.make(case, "cuda")
         results = {}
@@ -90,6 +91,7 @@ def test_all_kernels_of_a_class_give_the_same_bits(dtypes: tuple[torch.dtype, to
                     results[config.symbol] = call(case, arguments)
         first, *others = results
         assert others, f"{case}: only {first} runs"
+        cases.check(case, arguments, results[first])
         differing = [symbol for symbol in others if not torch.equal(results[symbol], results[first])]
         assert not differing, f"{case}: other bits than {first}: {differing}"
 

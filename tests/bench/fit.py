@@ -33,11 +33,13 @@ from aot.configs import CONFIGS
 from aot.fitting import CONSTANTS, HOPELESS, Time, by_shape, fit_all, predicted_us
 from tests import cases
 from tests.bench.machine import facts
+from tests.bench.records import SHAPES
 from tests.cases import CLASSES, Case
 
-BENCHMARKS = tuple((m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096, 16384)) + (
-    (16384, 1024, 1024), (16384, 4096, 1024), (16384, 1024, 4096), (4096, 11008, 4096), (512, 4096, 16384),
-    (64, 16384, 4096), (16, 4096, 16384), (8192, 8192, 8192),
+# Shapes that people ask about: the benchmark's, and others.
+BENCHMARKS = tuple((shape.m, shape.n, shape.k) for shape in SHAPES) + (
+    (16384, 1024, 1024), (16384, 4096, 1024), (512, 4096, 16384), (512, 4096, 4096), (64, 16384, 4096),
+    (16, 4096, 16384),
 )  # fmt: skip
 COMMAND = "python -m tests.bench.fit --fit"
 LONGEST = 16384
@@ -224,31 +226,47 @@ def time_kernels(
     return medians | {symbol: statistics.median(values) for symbol, values in times.items()}, wrong
 
 
-def measure_all(wanted: list[Case]) -> Run:
+def shipped_here() -> dict[str, lbg.Config]:
+    """By symbol."""
     device = torch.cuda.get_device_properties(0)
     arch = 10 * device.major + device.minor
     kernels = {config.symbol: config for config in lbg.configs() if config.arch == arch}
     if not kernels:
         raise RuntimeError(f"no kernel is shipped for {device.name} (sm_{arch})")
+    return kernels
+
+
+def measure_all(kernels: dict[str, lbg.Config], wanted: list[Case]) -> Run:
     bench, order, times = Bench(), random.Random(0), []
     for index, case in enumerate(wanted):
         times += measure(bench, case, order)
         if sys.stderr.isatty() or index % 100 == 99:
             print(f"\r{index + 1} of {len(wanted)} shapes", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return Run(facts(), device.multi_processor_count, kernels, times)
+    sm_count = torch.cuda.get_device_properties(0).multi_processor_count
+    return Run(facts(), sm_count, kernels, times)
 
 
-def fit_cases(count: int) -> list[Case]:
+Class = tuple[torch.dtype, torch.dtype, torch.dtype, bool]
+
+
+def own_classes(kernels: dict[str, lbg.Config]) -> list[Class]:
+    """Those that have kernels of their own: fp16_accumulate may run the others'."""
+    modes = {config.fp16_accumulate for config in kernels.values()}
+    return [kind for kind in CLASSES if kind[-1] in modes]
+
+
+def fit_cases(classes: list[Class], count: int) -> list[Case]:
+    """Of float16 weights: bfloat16 kernels run the same instructions, and dispatch gives them the same constants."""
     shapes = [*BENCHMARKS, *random_shapes(count, seed=1)]
-    return [cases.of_class(Case(*shape), kind) for kind in CLASSES for shape in shapes]
+    return [cases.of_class(Case(*shape), kind) for kind in classes if kind[1] is torch.float16 for shape in shapes]
 
 
-def validation_cases(count: int) -> list[Case]:
+def validation_cases(classes: list[Class], count: int) -> list[Case]:
     """The benchmark shapes in every class; random ones, other than the fit's, class by class in turn."""
-    benchmarks = [cases.of_class(Case(*shape), kind) for kind in CLASSES for shape in BENCHMARKS]
+    benchmarks = [cases.of_class(Case(*shape), kind) for kind in classes for shape in BENCHMARKS]
     drawn = random_shapes(count, seed=2)
-    return benchmarks + [cases.of_class(Case(*shape), CLASSES[i % len(CLASSES)]) for i, shape in enumerate(drawn)]
+    return benchmarks + [cases.of_class(Case(*shape), classes[i % len(classes)]) for i, shape in enumerate(drawn)]
 
 
 # ---- judging
@@ -315,15 +333,16 @@ def main() -> None:
     parser.add_argument("--from", type=Path, dest="source", metavar="TIMES", help="take these times: needs no GPU")
     parser.add_argument("--journal", type=Path, help="a tuner's, for kernels that have no times yet")
     parser.add_argument("--costs", type=Path, help="choose by these constants instead of the wheel's")
-    parser.add_argument("--count", type=int, help="random shapes: of each class to fit (100), in all to validate (200)")
+    parser.add_argument("--count", type=int, help="random shapes: 200 of each class to fit, or 200 in all to validate")
     parser.add_argument("--json", type=Path, help="where to write how far the choices are from the best")
     arguments = parser.parse_args()
     if arguments.source:
         run = Run.load(arguments.source)
     else:
-        wanted = fit_cases(arguments.count or 100) if arguments.fit else validation_cases(arguments.count or 200)
+        kernels = shipped_here()
+        draw = fit_cases if arguments.fit else validation_cases
         with torch.inference_mode():
-            run = measure_all(wanted)
+            run = measure_all(kernels, draw(own_classes(kernels), arguments.count or 200))
     if arguments.times:
         run.save(arguments.times)
     if arguments.journal:

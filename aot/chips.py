@@ -45,6 +45,7 @@ class Chip:
     wgmma_cycles: float  # 0 where there is no wgmma
     dram_gb_per_s: int
     l2_bytes: int
+    l2_copies: int  # of a line, once all SMs have read it
     l2_bytes_per_cycle: float  # what an SM draws from L2 while all of them draw
     dram_latency_us: float
     launch_us: float
@@ -53,6 +54,11 @@ class Chip:
     @property
     def limits(self) -> Limits:
         return LIMITS[self.arch]
+
+    @property
+    def l2_holds(self) -> int:
+        """Bytes that all SMs read and that stay in L2."""
+        return self.l2_bytes // self.l2_copies
 
     def tflops(self, cycles: float) -> float:
         """The tensor cores' peak if an m16n8k16 takes a sub-core so many cycles."""
@@ -76,6 +82,7 @@ CHIPS = {
             wgmma_cycles=0,
             dram_gb_per_s=1008,  # Ada whitepaper
             l2_bytes=72 * _MB,  # Ada whitepaper
+            l2_copies=1,
             l2_bytes_per_cycle=15.5,  # assumption: 5.0 TB/s over all SMs
             dram_latency_us=0.8,  # assumption: as on Hopper
             launch_us=2.0,  # assumption: as on Hopper
@@ -91,6 +98,7 @@ CHIPS = {
             wgmma_cycles=0,
             dram_gb_per_s=864,  # datasheet
             l2_bytes=96 * _MB,  # Ada whitepaper: all of AD102's
+            l2_copies=1,
             l2_bytes_per_cycle=15.5,  # assumption
             dram_latency_us=0.8,  # assumption: as on Hopper
             launch_us=2.0,  # assumption
@@ -106,6 +114,7 @@ CHIPS = {
             wgmma_cycles=0,
             dram_gb_per_s=300,  # datasheet
             l2_bytes=48 * _MB,  # Ada whitepaper: AD104's
+            l2_copies=1,
             l2_bytes_per_cycle=15.5,  # assumption
             dram_latency_us=0.8,  # assumption: as on Hopper
             launch_us=2.0,  # assumption
@@ -121,6 +130,7 @@ CHIPS = {
             wgmma_cycles=4,  # datasheet: 989.4 TFLOPS
             dram_gb_per_s=3350,  # datasheet
             l2_bytes=50 * _MB,  # datasheet
+            l2_copies=2,  # Hopper's L2 has two halves, and an SM reads the far one through its own
             l2_bytes_per_cycle=43,  # assumption: as the H200, whose die it is
             dram_latency_us=0.8,  # assumption: as the H200
             launch_us=2.0,  # assumption: as the H200
@@ -136,6 +146,7 @@ CHIPS = {
             wgmma_cycles=4,  # datasheet
             dram_gb_per_s=4800,  # datasheet
             l2_bytes=50 * _MB,  # datasheet
+            l2_copies=2,  # Hopper's L2 has two halves, and an SM reads the far one through its own
             l2_bytes_per_cycle=43,  # measured: 16x64 tiles of 16384x4096x4096 draw 43 GB through L2 in 4.15 ms
             dram_latency_us=0.8,  # fitted to the verification build's times
             launch_us=2.0,  # the same
@@ -145,6 +156,19 @@ CHIPS = {
 }
 # The GPU that an arch's kernels are judged for.
 REFERENCE = {89: CHIPS["RTX 4090"], 90: CHIPS["H100 SXM"]}
+
+
+DRAM_EFFICIENCY = 0.88  # of the datasheet's bandwidth: a copy on an H100, 2.94 of 3.35 TB/s
+
+
+def dram_share(arch: int) -> float:
+    """One SM's, in bytes a microsecond."""
+    return REFERENCE[arch].dram_gb_per_s * 1e3 * DRAM_EFFICIENCY / REFERENCE[arch].sm_count
+
+
+def l2_share(arch: int) -> int:
+    """One SM's, of what L2 holds; dispatch knows a GPU's SMs and not its L2."""
+    return REFERENCE[arch].l2_holds // REFERENCE[arch].sm_count
 
 
 def named(name: str) -> Chip:

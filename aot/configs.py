@@ -36,7 +36,9 @@ class Config:
     warps: int  # of a CTA, those that load among them
     stages: int
     epilogue_parts: int = 1  # 2 where the epilogue of a whole tile would spill
-    group_m: int = 8  # tiles_m that share a pass over the weight, so that what is in flight stays in L2; ws has its own
+    group_m: int = (
+        rules.GROUP_M
+    )  # tiles_m that share a pass over the weight, so that what is in flight stays in L2; ws has its own
     kernel: str = "tile"  # aot/kernels.py's lbg_fused; "async" of ada.py; "ring", "ws", "pingpong" of hopper.py
     x_box: int = 0  # ring: rows of x that are loaded at a time
     warps_m: int = 0  # async: of the warps, how many lie along M

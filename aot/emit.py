@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
+from aot.chips import l2_share
 from aot.compile import POINTERS, Artifact
 from aot.costs import cost
 
@@ -75,7 +76,8 @@ def row(index: int, artifact: Artifact) -> str:
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '
         f"{C_DTYPES[config.out]}, {flags}, {config.tile_m}, {config.tile_n}, {config.tile_k}, {config.warps}, "
         f"{config.stages}, {config.x_box}, {report.shared_bytes}, {report.registers}, "
-        f"{max(1, report.ctas_per_sm['all'])}, {{{costs}}}, lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
+        f"{max(1, report.ctas_per_sm['all'])}, {l2_share(report.arch)}, {{{costs}}}, "
+        f"lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
     )
 
 

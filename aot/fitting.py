@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from aot.rules import Launched, late_us
+from aot.chips import dram_share, l2_share
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, Launched, late_us
 
 HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
 
@@ -33,6 +34,8 @@ class Time:
 class Kernel(Launched, Protocol):
     """Of lbg.Config, what a predicted time depends on; besides, an attribute for each of CONSTANTS."""
 
+    @property
+    def arch(self) -> int: ...
     @property
     def x(self) -> str: ...
     @property
@@ -63,6 +66,7 @@ CONSTANTS = (
 )  # fmt: skip
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
+FIRM_TIE = 0.5
 USUAL = 0.05  # a relative error of the formula
 
 
@@ -91,11 +95,25 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
         busy[:, 5] += waves * steps * per_sm * off
         busy[:, 6] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
         busy[:, 7] += waves * steps * (boxes - 1)
-    memory[:, 8] = (m * k * x + n * k * weight + m * n * out) / sm_count
+    x_reads, weight_reads = reads(config, shapes, most, l2_share(config.arch) * sm_count)
+    memory[:, 8] = (x_reads * m * k * x + weight_reads * n * k * weight + m * n * out) / sm_count
     longer = (busy @ linear > memory @ linear)[:, None]
     rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
     rows[:, 0] = 1
     return rows
+
+
+def reads(config: Kernel, shapes: np.ndarray, at_once: int, l2_bytes: float) -> tuple[np.ndarray, np.ndarray]:
+    """How often x and weight come from DRAM: aot/model.py's dram_bytes()."""
+    m, n, k = shapes.T
+    x, weight = ELEMENT_BYTES[config.x], ELEMENT_BYTES[config.weight]
+    tiles_m, tiles_n = -(-m // config.tile_m), -(-n // config.tile_n)
+    group = np.where(config.persistent & (tiles_n <= FEW_COLUMNS), FEW_COLUMNS_GROUP_M, GROUP_M)
+    group = np.minimum(group, tiles_m) if config.persistent or not config.tma else tiles_m
+    group_bytes = np.minimum(group * config.tile_m, m) * k * x
+    x_reads = np.where(group_bytes <= l2_bytes, 1, -(-tiles_n // np.maximum(1, at_once // group)))
+    stays = n * k * weight + group_bytes <= l2_bytes
+    return x_reads, np.where(stays, 1, -(-tiles_m // np.maximum(group, at_once // tiles_n)))
 
 
 def linear_of(cost: dict[str, float]) -> np.ndarray:
@@ -128,8 +146,11 @@ def fit(config: Kernel, shapes: np.ndarray, us: np.ndarray, weight: np.ndarray, 
     does not know of, such as the power limit, should not bend the rest."""
     own = linear_of({name: getattr(config, name) for name in CONSTANTS})
     # A constant that no time depends on stays the wheel's: to be off by all of itself costs as much as TIE of a time.
-    ties = TIE * np.diag(1 / np.maximum(own, 1e-12)) * (own > 0)
-    tied = TIE * (own > 0)
+    # The memory's bandwidth is the GPU's and no kernel's: FIRM_TIE.
+    own[-1] = 1 / dram_share(config.arch)
+    tie = np.where(np.arange(len(own)) == len(own) - 1, FIRM_TIE, TIE)
+    ties = np.diag(tie / np.maximum(own, 1e-12)) * (own > 0)
+    tied = tie * (own > 0)
     best, best_error = own, math.inf
     for latency in (0.5, 1.0, 2.0, 4.0):
         linear = own * np.where(np.arange(len(own)) == CONSTANTS.index("latency_us"), latency, 1)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
+from aot.chips import DRAM_EFFICIENCY, MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
 from aot.configs import ELEMENT_BYTES, Config
-from aot.rules import grid, late_us
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, grid, late_us
 
 if TYPE_CHECKING:
     from aot.compile import Report
@@ -24,7 +24,6 @@ OVERLAP = 2.0  # fitted: units busy for a and b take (a^p + b^p)^(1/p); 1 is one
 OVERLAP_PROMOTING = 1.25  # fitted: of fp16_accumulate, whose warps wait for a chunk's sum before they add it
 OVERLAP_ALONE = 1.75  # fitted: the same of a CTA alone on its SM, whose warps wait for one barrier
 SYNC_US = 0.1  # fitted: that barrier and the first loads behind it
-DRAM_EFFICIENCY = 0.88  # of the datasheet's bandwidth: a copy on an H100, 2.94 of 3.35 TB/s
 SECTOR_WASTE = 8  # masked single elements move about an eighth of what 16-byte copies do
 # What loads through the TMA unit cost beside their bytes (Cost), as fitted to an H200's kernels in the median.
 OFF_US = 0.2
@@ -158,14 +157,25 @@ def waves(tiles: int, at_once: int) -> Iterator[tuple[int, int]]:
     yield bool(rest), rest
 
 
-def memory_us(config: Config, cost: Cost, m: int, n: int, k: int, sm_count: int) -> float:
-    """What each operand and the result take of DRAM, read or written once."""
+def dram_bytes(config: Config, at_once: int, m: int, n: int, k: int, l2_bytes: float) -> int:
+    """Bytes to and from DRAM, of `at_once` CTAs on the GPU: the result once; x once, or once for each set of tile
+    columns in flight if L2 does not hold a group's x; weight once, or once for each group, or set of groups in flight,
+    if it does not stay in L2 beside a group's x."""
     x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
-    return (m * k * x + n * k * weight + m * n * out) / (sm_count * cost.dram_bytes_per_us)
+    tiles_m, tiles_n = up(m, config.tile_m), up(n, config.tile_n)
+    group = FEW_COLUMNS_GROUP_M if config.persistent and tiles_n <= FEW_COLUMNS else GROUP_M
+    group = min(group, tiles_m) if config.persistent or not config.tma else tiles_m
+    group_bytes = min(group * config.tile_m, m) * k * x
+    x_reads = 1 if group_bytes <= l2_bytes else up(tiles_n, max(1, at_once // group))
+    weight_reads = 1 if n * k * weight + group_bytes <= l2_bytes else up(tiles_m, max(group, at_once // tiles_n))
+    return x_reads * m * k * x + weight_reads * n * k * weight + m * n * out
 
 
-def predicted_us(config: Config, cost: Cost, at_once: int, m: int, n: int, k: int, sm_count: int) -> float:
-    """csrc/lbg.h's formula, of contiguous operands; `at_once` are the CTAs that an SM holds."""
+def predicted_us(
+    config: Config, cost: Cost, at_once: int, m: int, n: int, k: int, sm_count: int, l2_bytes: float
+) -> float:
+    """csrc/lbg.h's formula, of contiguous operands; `at_once` are the CTAs that an SM holds, `l2_bytes` what L2
+    does."""
     steps, tiles = up(k, config.tile_k), grid(m, n, config.tile_m, config.tile_n)
     row_bytes = (k * ELEMENT_BYTES[config.x] if m > 1 else 0) | (k * ELEMENT_BYTES[config.weight] if n > 1 else 0)
     crowd_us = cost.crowd_us + (cost.off_us if row_bytes % 32 else 0.0)
@@ -177,24 +187,15 @@ def predicted_us(config: Config, cost: Cost, at_once: int, m: int, n: int, k: in
     for count, ctas in waves(tiles, sm_count * at_once):
         step_us = max(up(ctas, sm_count) * cost.step_us, cost.latency_us)
         busy += count * (cost.wave_us + steps * (step_us + boxes_us + ctas / sm_count * crowd_us))
-    memory = memory_us(config, cost, m, n, k, sm_count)
+    memory = dram_bytes(config, sm_count * at_once, m, n, k, l2_bytes) / (sm_count * cost.dram_bytes_per_us)
     late = float(late_us(config, m, n, k, sm_count))
     return cost.launch_us + max(busy, memory) + min(busy, memory) / 10 + late
-
-
-def dram_bytes(config: Config, chip: Chip, m: int, n: int, k: int) -> int:
-    """Bytes to and from DRAM: x and the result once; weight once, or once for each group of tile rows (GROUP_M) if it
-    does not stay in L2 beside a group's x until the next group wants it."""
-    x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
-    group_rows = min(m, config.group_m * config.tile_m)
-    stays = n * k * weight + group_rows * k * x <= chip.l2_bytes
-    return m * k * x + n * k * weight * (1 if stays else up(m, group_rows)) + m * n * out
 
 
 def predict(config: Config, report: Report, chip: Chip, m: int, n: int, k: int) -> Prediction:
     """The time of one call on a chip, and what limits it."""
     made, took, at_once = cost(config, report, chip), step(config, report, chip), ctas(config, report, chip)
-    us = predicted_us(config, made, at_once, m, n, k, chip.sm_count)
+    us = predicted_us(config, made, at_once, m, n, k, chip.sm_count, chip.l2_holds)
     tiles, steps = grid(m, n, config.tile_m, config.tile_n), up(k, config.tile_k)
     passes = list(waves(tiles, chip.sm_count * at_once))
     count = sum(some for some, _ in passes)
@@ -205,7 +206,8 @@ def predict(config: Config, report: Report, chip: Chip, m: int, n: int, k: int) 
         "issue slots": each * took.issue_us,
         "shared memory": each * took.shared_us,
         "L2": each * took.l2_us,
-        "DRAM": dram_bytes(config, chip, m, n, k) / (made.dram_bytes_per_us * chip.sm_count),
+        "DRAM": dram_bytes(config, chip.sm_count * at_once, m, n, k, chip.l2_holds)
+        / (made.dram_bytes_per_us * chip.sm_count),
         "load latency": count * steps * chip.dram_latency_us / max(1, config.stages - 1),
         "waves and tail": count * made.wave_us + (fullest - each) * made.step_us,
         "launch": made.launch_us,

@@ -150,6 +150,11 @@ def grid(m: int, n: int, tile_m: int, tile_n: int) -> int:
     return count
 
 
+# Rows of tiles whose CTAs share a pass over the weight: down a group's rows, then on to its next columns. csrc/lbg.h
+# and aot/hopper.py have the same.
+GROUP_M = 8
+FEW_COLUMNS, FEW_COLUMNS_GROUP_M = 16, 4  # of a persistent kernel's tiles: up to so many, groups of so many rows
+
 LATE_US = 1.3  # csrc/lbg.h's kLateUs
 
 

@@ -133,6 +133,26 @@ const char* why_not(const Config& c, const Problem& p, Alignment pointers, int32
   return why_not_in_class(c, p, broken(p, pointers));
 }
 
+namespace {
+
+// Bytes to and from DRAM: lbg.h's "reads".
+double dram_bytes(const Config& c, const Problem& p, int32_t sm_count) {
+  const int64_t tiles_m = ceil_div(p.m, c.tile_m), tiles_n = ceil_div(p.n, c.tile_n);
+  const int64_t at_once = int64_t{sm_count} * c.ctas_per_sm;
+  const int64_t most = c.persistent ? (tiles_n <= 16 ? 4 : 8) : c.tma ? tiles_m : 8;
+  const int64_t group = std::min(most, tiles_m);
+  const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
+  const double x = m * k * bytes(p.x), weight = n * k * bytes(p.weight), out = m * n * bytes(p.out);
+  const double group_x = std::min(static_cast<double>(group * c.tile_m), m) * k * bytes(p.x);
+  const double held = static_cast<double>(sm_count) * c.l2_bytes_per_sm;
+  int64_t x_reads = 1, weight_reads = 1;
+  if (group_x > held) x_reads = ceil_div(tiles_n, std::max<int64_t>(1, at_once / group));
+  if (weight + group_x > held) weight_reads = ceil_div(tiles_m, std::max(group, at_once / tiles_n));
+  return static_cast<double>(x_reads) * x + static_cast<double>(weight_reads) * weight + out;
+}
+
+}  // namespace
+
 double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
   const int64_t ctas = tiles(c, p), whole = ctas / (int64_t{sm_count} * c.ctas_per_sm);
   const int64_t rest = ctas - whole * sm_count * c.ctas_per_sm;
@@ -149,9 +169,7 @@ double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
   };
   double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
   if (rest) busy += wave_us(ceil_div(rest, sm_count), static_cast<double>(rest) / sm_count);
-  const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
-  const double moved = m * k * bytes(p.x) + n * k * bytes(p.weight) + m * n * bytes(p.out);
-  const double memory = moved / (sm_count * c.cost.dram_bytes_per_us);
+  const double memory = dram_bytes(c, p, sm_count) / (sm_count * c.cost.dram_bytes_per_us);
   const double late = c.tma && !early(c, p, sm_count) ? kLateUs : 0;
   return c.cost.launch_us + std::max(busy, memory) + std::min(busy, memory) / 10 + late;
 }

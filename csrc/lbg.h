@@ -86,6 +86,7 @@ struct Config {
   int32_t tile_m, tile_n, tile_k, warps, stages;
   int32_t x_box;  // rows of x that one load brings, of a kernel that loads those before M alone; else 0
   int32_t shared_bytes, registers, ctas_per_sm;
+  int32_t l2_bytes_per_sm;  // one SM's share of what L2 holds
   Cost cost;
   const unsigned char* cubin;
   size_t cubin_bytes;
@@ -126,9 +127,15 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //   step(c)      = max(q * step_us, latency_us) + (x boxes of a tile - 1) * box_us + c / sm_count * crowd
 //                  of a wave of c CTAs, q of them on the fullest SM
 //   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c)
-//   memory       = bytes of x, weight and result / (sm_count * dram_bytes_per_us)
+//   memory       = (x reads * bytes of x + weight reads * bytes of weight + bytes of the result)
+//                  / (sm_count * dram_bytes_per_us)
 //   predicted_us = launch_us + max(busy, memory) + min(busy, memory) / 10
 //                  + (kLateUs, if it loads through tensor maps and early() says no)
+//
+// CTAs walk tiles in groups of 8 tile rows (of 4, if they are persistent and a row has up to 16 tiles; of all, if they
+// load through tensor maps and are not persistent), down a group's rows, then on to its next columns. x is read once if
+// L2 holds a group's, else once for each set of columns in flight; weight once if L2 holds it beside a group's x, else
+// once for each group, or set of groups in flight.
 //
 // From M = x_box on nothing is filled: the last box begins early enough to be full (aot/hopper.py's full_box).
 // A persistent kernel's CTAs take tiles in waves all the same, so one formula serves both. Memory and work overlap but

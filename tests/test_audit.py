@@ -222,12 +222,22 @@ def test_a_limiter_has_its_name(
 
 def test_a_weight_that_l2_does_not_hold_is_read_by_each_group_of_rows() -> None:
     once = 2 * (16384 * 4096 + 4096 * 4096 + 16384 * 4096)
-    assert model.dram_bytes(ADA_X16, RTX_4090, *LARGE) == once
-    small = replace(RTX_4090, l2_bytes=2**24)
-    assert model.dram_bytes(ADA_X16, small, *LARGE) == once + 15 * 2 * 4096 * 4096
+    assert model.dram_bytes(ADA_X16, 256, *LARGE, RTX_4090.l2_holds) == once
+    assert model.dram_bytes(ADA_X16, 256, *LARGE, 2**24) == once + 15 * 2 * 4096 * 4096
+    # Groups of 4 of a persistent kernel whose rows have 16 tiles; 132 CTAs have two such in flight.
+    assert model.dram_bytes(replace(PINGPONG, tile_n=256), 132, *LARGE, 2**24) == once + 15 * 2 * 4096 * 4096
+
+
+def test_an_x_that_l2_does_not_hold_is_read_for_each_set_of_columns_in_flight() -> None:
+    m, n, k = 8192, 96, 4096
+    once = 4 * m * k + 2 * n * k + 2 * m * n
+    tall = replace(RING, tile_n=32, out="f16")  # 128 rows of tiles, of 3 columns; 132 CTAs have one in flight
+    assert model.dram_bytes(tall, 132, m, n, k, 2**28) == once
+    assert model.dram_bytes(tall, 132, m, n, k, 2**24) == once + 2 * 4 * m * k
 
 
 RING = replace(ADA_X16, arch=90, kernel="ring", warps=8, tile_m=64, tile_k=64, x_box=16, x="f32")
+PINGPONG = replace(ADA_X16, arch=90, kernel="pingpong", warps=12, tile_n=128, tile_k=64, epilogue_parts=4)
 COSTS = (
     model.Cost(2.0, 1.5, 0.8, 0.3, 0.0, 0.0, 0.0, 0.0, 6930.0),
     model.Cost(1.5, 2.0, 0.2, 0.3, 0.1, 0.2, 0.003, 0.04, 30000.0),
@@ -239,15 +249,16 @@ def test_the_formula_is_that_of_dispatch(root: Path, tmp_path: Path) -> None:
     program = tmp_path / "predict"
     sources = [root / "tests" / "cpp" / "predict.cpp", root / "csrc" / "dispatch.cpp"]
     subprocess.run(["g++", "-std=c++17", f"-I{root / 'csrc'}", *sources, "-o", program], check=True)
-    cases = [(config, cost, ctas, shape, sms) for config in (ADA_X16, RING) for cost in COSTS for ctas in (1, 3)
-             for shape in SHAPES for sms in (58, 132)]  # fmt: skip
+    cases = [(config, cost, ctas, shape, sms, share) for config in (ADA_X16, RING, PINGPONG) for cost in COSTS
+             for ctas in (1, 3) for shape in SHAPES for sms in (58, 132) for share in (1000, 200_000)]  # fmt: skip
     numbers: list[object] = []
-    for config, cost, ctas, shape, sms in cases:
+    for config, cost, ctas, shape, sms, share in cases:
         numbers += [ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out)]
         numbers += [config.tile_m, config.tile_n, config.tile_k, config.x_box, ctas, *astuple(cost), *shape, sms]
-        numbers.append(int(config.tma))
+        numbers += [int(config.tma), int(config.persistent), share]
     told = subprocess.run([program, *map(str, numbers)], capture_output=True, text=True, check=True).stdout.split()
-    mine = [model.predicted_us(config, cost, ctas, *shape, sms) for config, cost, ctas, shape, sms in cases]
+    mine = [model.predicted_us(config, cost, ctas, *shape, sms, share * sms)
+            for config, cost, ctas, shape, sms, share in cases]  # fmt: skip
     assert len(cases) == len(told) and [float(text) for text in told] == pytest.approx(mine, rel=1e-7)
 
 

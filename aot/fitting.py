@@ -62,7 +62,8 @@ class Run(Protocol):
 
 
 CONSTANTS = (
-    "launch_us", "wave_us", "step_us", "latency_us", "crowd_us", "off_us", "fill_us", "box_us", "dram_bytes_per_us"
+    "launch_us", "wave_us", "step_us", "latency_us", "crowd_us", "off32_us", "off64_us", "off128_us", "fill_us",
+    "box_us", "dram_bytes_per_us"
 )  # fmt: skip
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
@@ -82,7 +83,7 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
     steps = -(-k // config.tile_k)
     most = sm_count * config.ctas_per_sm
     whole, rest = ctas // most, ctas % most
-    off = (np.where(m > 1, k * x, 0) | np.where(n > 1, k * weight, 0)) % 32 != 0
+    row_bytes = np.where(m > 1, k * x, 0) | np.where(n > 1, k * weight, 0)
     boxes = -(-np.minimum(m, config.tile_m) // config.x_box) if config.x_box else 1
     busy, memory = np.zeros((2, len(shapes), len(CONSTANTS)))
     for waves, at_once in ((whole, most), (rest > 0, rest)):
@@ -92,11 +93,12 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
         busy[:, 2] += waves * steps * np.where(by_step, fullest, 0)
         busy[:, 3] += waves * steps * np.where(by_step, 0, 1)
         busy[:, 4] += waves * steps * per_sm
-        busy[:, 5] += waves * steps * per_sm * off
-        busy[:, 6] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
-        busy[:, 7] += waves * steps * (boxes - 1)
+        for column, unit in ((5, 32), (6, 64), (7, 128)):
+            busy[:, column] += waves * steps * per_sm * (row_bytes % unit != 0)
+        busy[:, 8] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
+        busy[:, 9] += waves * steps * (boxes - 1)
     x_reads, weight_reads = reads(config, shapes, most, l2_share(config.arch) * sm_count)
-    memory[:, 8] = (x_reads * m * k * x + weight_reads * n * k * weight + m * n * out) / sm_count
+    memory[:, 10] = (x_reads * m * k * x + weight_reads * n * k * weight + m * n * out) / sm_count
     longer = (busy @ linear > memory @ linear)[:, None]
     rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
     rows[:, 0] = 1

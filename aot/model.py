@@ -40,7 +40,9 @@ class Cost:
     step_us: float  # of one CTA's K step in matrix pipe or L2: what CTAs on one SM add up
     latency_us: float  # least time between two K steps of a CTA: the load latency that its stages do not hide
     crowd_us: float  # what a K step takes more when every SM is at it
-    off_us: float  # as crowd_us, where rows of x or weight start off 32 bytes
+    off32_us: float  # as crowd_us, where rows of x or weight start off 32 bytes
+    off64_us: float  # the same, off 64 bytes
+    off128_us: float  # the same, off 128 bytes
     fill_us: float  # as crowd_us, for each row of an x box that lies past M
     box_us: float  # of a K step, for each x box after the first
     dram_bytes_per_us: float  # one SM's share of the memory's bandwidth
@@ -136,7 +138,9 @@ def cost(config: Config, report: Report, chip: Chip) -> Cost:
         step_us=round(sm_us, 4),
         latency_us=round(max(chip.dram_latency_us / max(1, config.stages - 1), alone_us), 4),
         crowd_us=round(max(0.0, took.l2_us - sm_us), 4),
-        off_us=OFF_US if config.tma else 0.0,
+        off32_us=OFF_US if config.tma else 0.0,
+        off64_us=0.0,
+        off128_us=0.0,
         fill_us=round(config.tile_k * ELEMENT_BYTES[config.x] / FILL_BYTES_PER_US, 5) if config.x_box else 0.0,
         box_us=BOX_US if config.x_box else 0.0,
         dram_bytes_per_us=round(chip.dram_gb_per_s * 1e3 * DRAM_EFFICIENCY / chip.sm_count),
@@ -178,7 +182,8 @@ def predicted_us(
     does."""
     steps, tiles = up(k, config.tile_k), grid(m, n, config.tile_m, config.tile_n)
     row_bytes = (k * ELEMENT_BYTES[config.x] if m > 1 else 0) | (k * ELEMENT_BYTES[config.weight] if n > 1 else 0)
-    crowd_us = cost.crowd_us + (cost.off_us if row_bytes % 32 else 0.0)
+    offs = ((32, cost.off32_us), (64, cost.off64_us), (128, cost.off128_us))
+    crowd_us = cost.crowd_us + sum(us for unit, us in offs if row_bytes % unit)
     boxes_us = 0.0
     if config.x_box:
         boxes_us = (up(min(m, config.tile_m), config.x_box) - 1) * cost.box_us

@@ -47,8 +47,11 @@ int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 bool on_16_bytes(int64_t stride, DType dtype) { return stride % (dtype == DType::f32 ? 4 : 8) == 0; }
 
-// Whether every row of x and weight starts a sector of L2 if the first does.
-bool on_32_bytes(const Problem& p) { return (p.stride_xm * bytes(p.x) | p.stride_wn * bytes(p.weight)) % 32 == 0; }
+// Every row of x and weight starts on as many bytes as this is a multiple of, if the first does.
+int64_t row_bytes(const Problem& p) { return p.stride_xm * bytes(p.x) | p.stride_wn * bytes(p.weight); }
+
+// Sizes of tiles are powers of two, and a choice has no time for divisions.
+int64_t tiles_of(int64_t size, int32_t tile) { return (size + tile - 1) >> __builtin_ctz(static_cast<uint32_t>(tile)); }
 
 // The promises of a call that kernels may rely on: why each is broken, nullptr if it is kept. They depend on no config,
 // so that choose() looks once. aot/compile.py's hints() is the other side.
@@ -113,7 +116,7 @@ Class rows_of(const Problem& p, int32_t arch) {
 
 }  // namespace
 
-int64_t tiles(const Config& c, const Problem& p) { return ceil_div(p.m, c.tile_m) * ceil_div(p.n, c.tile_n); }
+int64_t tiles(const Config& c, const Problem& p) { return tiles_of(p.m, c.tile_m) * tiles_of(p.n, c.tile_n); }
 
 int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
   return c.persistent ? std::min(tiles(c, p), int64_t{sm_count} * c.ctas_per_sm) : tiles(c, p);
@@ -137,7 +140,7 @@ namespace {
 
 // Bytes to and from DRAM: lbg.h's "reads".
 double dram_bytes(const Config& c, const Problem& p, int32_t sm_count) {
-  const int64_t tiles_m = ceil_div(p.m, c.tile_m), tiles_n = ceil_div(p.n, c.tile_n);
+  const int64_t tiles_m = tiles_of(p.m, c.tile_m), tiles_n = tiles_of(p.n, c.tile_n);
   const int64_t at_once = int64_t{sm_count} * c.ctas_per_sm;
   const int64_t most = c.persistent ? (tiles_n <= 16 ? 4 : 8) : c.tma ? tiles_m : 8;
   const int64_t group = std::min(most, tiles_m);
@@ -156,11 +159,14 @@ double dram_bytes(const Config& c, const Problem& p, int32_t sm_count) {
 double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
   const int64_t ctas = tiles(c, p), whole = ctas / (int64_t{sm_count} * c.ctas_per_sm);
   const int64_t rest = ctas - whole * sm_count * c.ctas_per_sm;
-  const auto steps = static_cast<double>(ceil_div(p.k, c.tile_k));
+  const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
   double boxes_us = 0, crowd_us = c.cost.crowd_us;
-  if (!on_32_bytes(p)) crowd_us += c.cost.off_us;
+  const int64_t row = row_bytes(p);
+  if (row % 128) crowd_us += c.cost.off128_us;
+  if (row % 64) crowd_us += c.cost.off64_us;
+  if (row % 32) crowd_us += c.cost.off32_us;
   if (c.x_box) {
-    boxes_us = static_cast<double>(ceil_div(std::min<int64_t>(p.m, c.tile_m), c.x_box) - 1) * c.cost.box_us;
+    boxes_us = static_cast<double>(tiles_of(std::min<int64_t>(p.m, c.tile_m), c.x_box) - 1) * c.cost.box_us;
     crowd_us += static_cast<double>(std::max<int64_t>(c.x_box - p.m, 0)) * c.cost.fill_us;
   }
   const auto wave_us = [&](int64_t fullest, double per_sm) {

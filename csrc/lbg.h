@@ -66,7 +66,9 @@ struct Cost {
   double step_us;            // of one CTA's K step in matrix pipe or L2: what CTAs on one SM add up
   double latency_us;         // least time between two K steps of a CTA, however few share its SM
   double crowd_us;           // what a K step takes more when every SM is at it: they share L2 and power
-  double off_us;             // as crowd_us, where rows of x or weight start off 32 bytes: each needs a sector more
+  double off32_us;           // as crowd_us, where rows of x or weight start off 32 bytes: each needs a sector more
+  double off64_us;           // the same, off 64 bytes: most lie in two lines of L2
+  double off128_us;          // the same, off 128 bytes: some do
   double fill_us;            // as crowd_us, for each row of an x box that lies past M: the TMA unit fills it with zeros
   double box_us;             // of a K step, for each x box after the first
   double dram_bytes_per_us;  // one SM's share of the memory's bandwidth
@@ -123,7 +125,8 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 
 // Microseconds, from how the tiles fall on the SMs:
 //
-//   crowd        = crowd_us + (off_us, if rows of x or weight start off 32 bytes) + fill_us * max(x_box - M, 0)
+//   crowd        = crowd_us + fill_us * max(x_box - M, 0)
+//                  + (off32_us, off64_us, off128_us, each if rows of x or weight start off so many bytes)
 //   step(c)      = max(q * step_us, latency_us) + (x boxes of a tile - 1) * box_us + c / sm_count * crowd
 //                  of a wave of c CTAs, q of them on the fullest SM
 //   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c)

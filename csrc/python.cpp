@@ -40,7 +40,8 @@ std::string json(const Config& c) {
          number("registers", c.registers) + number("ctas_per_sm", c.ctas_per_sm) +
          number("launch_us", c.cost.launch_us) + number("wave_us", c.cost.wave_us) + number("step_us", c.cost.step_us) +
          number("latency_us", c.cost.latency_us) + number("crowd_us", c.cost.crowd_us) +
-         number("off_us", c.cost.off_us) + number("fill_us", c.cost.fill_us) + number("box_us", c.cost.box_us) +
+         number("off32_us", c.cost.off32_us) + number("off64_us", c.cost.off64_us) +
+         number("off128_us", c.cost.off128_us) + number("fill_us", c.cost.fill_us) + number("box_us", c.cost.box_us) +
          number("dram_bytes_per_us", c.cost.dram_bytes_per_us) + "}";
 }
 

@@ -239,10 +239,19 @@ def test_an_x_that_l2_does_not_hold_is_read_for_each_set_of_columns_in_flight() 
 RING = replace(ADA_X16, arch=90, kernel="ring", warps=8, tile_m=64, tile_k=64, x_box=16, x="f32")
 PINGPONG = replace(ADA_X16, arch=90, kernel="pingpong", warps=12, tile_n=128, tile_k=64, epilogue_parts=4)
 COSTS = (
-    model.Cost(2.0, 1.5, 0.8, 0.3, 0.0, 0.0, 0.0, 0.0, 6930.0),
-    model.Cost(1.5, 2.0, 0.2, 0.3, 0.1, 0.2, 0.003, 0.04, 30000.0),
+    model.Cost(2.0, 1.5, 0.8, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 6930.0),
+    model.Cost(1.5, 2.0, 0.2, 0.3, 0.1, 0.2, 0.05, 0.02, 0.003, 0.04, 30000.0),
 )
-SHAPES = ((1, 4096, 4096), (16, 8, 8), (15, 4104, 4088), (4097, 4095, 4088), LARGE, (8192, 8192, 24))
+SHAPES = (
+    (1, 4096, 4096),
+    (16, 8, 8),
+    (15, 4104, 4088),
+    (100, 200, 4112),
+    (100, 200, 4128),
+    (4097, 4095, 4088),
+    LARGE,
+    (8192, 8192, 24),
+)
 
 
 def test_the_formula_is_that_of_dispatch(root: Path, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ class Config:
     step_us: float  # one CTA's K step
     latency_us: float  # least time between two K steps of a CTA
     crowd_us: float  # what a K step takes more when every SM is at it
-    off_us: float  # as crowd_us, where rows of x or weight start off 32 bytes
+    off32_us: float  # as crowd_us, where rows of x or weight start off 32 bytes
+    off64_us: float  # the same, off 64 bytes
+    off128_us: float  # the same, off 128 bytes
     fill_us: float  # as crowd_us, for each row of an x box that lies past M
     box_us: float  # a K step's x box after the first
     dram_bytes_per_us: float  # one SM's share of the memory's bandwidth

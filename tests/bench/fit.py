@@ -310,11 +310,12 @@ def judge(run: Run, costs: dict[str, dict[str, float]] | None) -> dict[str, Any]
 
 
 def all_costs(run: Run, fitted: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Fitted where there is one, else the wheel's."""
-    return {
-        symbol: fitted[symbol]["cost"] if symbol in fitted else {name: getattr(config, name) for name in CONSTANTS}
-        for symbol, config in run.kernels.items()
-    }
+    """The fitted ones of a kernel or of its float16 twin, as dispatch has it (aot/costs.py); else the wheel's."""
+    found = {}
+    for symbol, config in run.kernels.items():
+        row = fitted.get(symbol) or fitted.get(symbol.replace("bf16", "f16"))
+        found[symbol] = row["cost"] if row else {name: getattr(config, name) for name in CONSTANTS}
+    return found
 
 
 def write_costs(path: Path, run: Run, costs: dict[str, Any]) -> None:

@@ -142,18 +142,18 @@ size_t cubin_bytes(const void* image, int* arch) {
 }
 
 // The layouts of the compiled kernels, a letter a parameter: (p)ointer or 64-bit, (i)nt32. Five pointers, three sizes,
-// the strides that are not promised to be 1, two scratch pointers; of _ws and _ring kernels a tensor map (its first
-// word, the address here), shape and strides in place of a matrix's pointer, and of the strides only the result's; the
-// result of some has its pointer all the same.
+// the strides that are not promised to be 1, two scratch pointers; of _ws, _pp and _ring kernels a tensor map (its
+// first word, the address here), shape and strides in place of a matrix's pointer, and of the strides only the
+// result's; the result of some has its pointer all the same.
 std::vector<int64_t> values(const std::string& symbol, void** params) {
   const auto is = [&](const std::string& kind) {
     return symbol.size() > kind.size() && symbol.compare(symbol.size() - kind.size(), kind.size(), kind) == 0;
   };
   const std::string vectors = "pp", sizes = "iii", scratch = "pp", map = "piipp";
   std::string layout = "ppppp" + sizes + "ppp";
-  if (is("_ws")) {
+  if (is("_ws") || is("_pp")) {
     layout = map + map + vectors + map + sizes + "p";
-  } else if (is("_ws_anyout")) {
+  } else if (is("_ws_anyout") || is("_pp_anyout")) {
     layout = map + map + vectors + "p" + sizes + "p";
   } else if (is("_ring") || is("_ring_anyout")) {
     layout = map + map + vectors + "p" + sizes + "ppp";  // the weight's pointer and stride last

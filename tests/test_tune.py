@@ -37,7 +37,7 @@ def cost(config: configs.Config) -> Cost:
     matrix_us = config.tile_m * config.tile_n * config.tile_k / 11e6
     step_us = max(load_us, matrix_us) + min(load_us, matrix_us) / 10
     store_us = config.tile_m * config.tile_n * configs.ELEMENT_BYTES[config.out] / 49_000
-    return Cost(2.0, 0.7 + store_us, step_us, 0.7 / (config.stages - 1), 0.0, 0.0, 0.0, 0.0, 22_000)
+    return Cost(2.0, 0.7 + store_us, step_us, 0.7 / (config.stages - 1), *[0.0] * 6, 22_000)
 
 
 def kernel(config: configs.Config) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def overheads(report: Report) -> Figure | None:
         if log:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axis.margins(x=0.18)
+        axis.margins(x=0.3 if log else 0.18)
         axis.set_xlabel(unit)
         axis.set_title(title, fontsize=11)
         axis.grid(True, axis="x", color="#dddddd")

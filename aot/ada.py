@@ -180,8 +180,8 @@ def add_products(x_tile, w_tile, acc, x, w, TILE_K: gl.constexpr, UNIT_K: gl.con
 
 @gluon.jit
 def add_chunks(x_tile, w_tile, acc, last, TILE_K: gl.constexpr, mma: gl.constexpr):
-    """(the same with the sums of FP16_CHUNK products in float16, the last such sum): a chunk is added to acc while the
-    next one multiplies."""
+    """add_products() with sums of FP16_CHUNK products in float16: (acc without the last of them, that one). Each is
+    added while the next one's products are under way."""
     for first_k in gl.static_range(0, TILE_K, FP16_CHUNK):
         chunk = gl.zeros(acc.shape, gl.float16, mma)
         for k in gl.static_range(first_k, first_k + FP16_CHUNK, 16):

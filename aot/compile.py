@@ -63,7 +63,7 @@ class Report:
     stack_bytes: int
     shared_bytes: int
     ctas_per_sm: dict[str, int]
-    stores_per_output: float  # global stores of an element, over the output elements of the tile: 1 is the rule
+    stores_per_output: float  # global stores, over the output elements of the tiles that a CTA holds: 1 is the rule
     stores_in_loop: int
     store_width_bytes: int  # of the narrowest store instruction, a thread
     loop_instructions: int  # in the main loop, a warp
@@ -272,15 +272,15 @@ def assemble(ptx: str, arch: int, cubin: Path) -> tuple[int, int, int]:
 
 
 def stored_bytes(config: Config, instructions: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
-    """What a CTA stores of one tile, if each store instruction runs once."""
+    """What a CTA stores of the tiles that it holds at once, if each store instruction runs once."""
     threads = config.program_warps * 32
-    by_threads = sum(map(sass.store_bytes, instructions)) * threads // config.tiles_at_once
+    by_threads = sum(map(sass.store_bytes, instructions)) * threads
     if not (tma_stores := sum(i.opcode.startswith("UTMASTG") for i in instructions)):
         return by_threads
     rows, columns, _ = boxes["out"]
     # a warp's leader stores one box
     at_once = min(config.tile_n // config.epilogue_parts // columns, config.program_warps)
-    return by_threads + tma_stores * at_once * rows * columns * ELEMENT_BYTES[config.out] // config.tiles_at_once
+    return by_threads + tma_stores * at_once * rows * columns * ELEMENT_BYTES[config.out]
 
 
 def store_width(config: Config, instructions: list[Instruction], boxes: dict[str, tuple[int, int, int]]) -> int:
@@ -360,7 +360,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     roles = config.consumers  # each with a main loop and an epilogue of its own
     loaders = [i for body in sass.innermost(bodies, "TMA load") if not any(map(sass.is_mma, body)) for i in body]
     ctas = ctas_per_sm(config, registers, compiled.shared_bytes)
-    outputs = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]
+    outputs = config.tiles_at_once * config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]
     report = Report(
         symbol=config.symbol,
         arch=cubin_arch,

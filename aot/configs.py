@@ -36,9 +36,8 @@ class Config:
     warps: int  # of a CTA, those that load among them
     stages: int
     epilogue_parts: int = 1  # 2 where the epilogue of a whole tile would spill
-    group_m: int = (
-        rules.GROUP_M
-    )  # tiles_m that share a pass over the weight, so that what is in flight stays in L2; ws has its own
+    # tile rows that share a pass over the weight, so that what is in flight stays in L2; hopper.py has its own
+    group_m: int = rules.GROUP_M
     kernel: str = "tile"  # aot/kernels.py's lbg_fused; "async" of ada.py; "ring", "ws", "pingpong" of hopper.py
     x_box: int = 0  # ring: rows of x that are loaded at a time
     warps_m: int = 0  # async: of the warps, how many lie along M
@@ -71,7 +70,7 @@ class Config:
 
     @property
     def consumers(self) -> int:
-        """How often it has that part."""
+        """Groups of such warps, each with a program of its own."""
         return 2 if self.persistent else 1
 
     @property
@@ -86,7 +85,7 @@ class Config:
 
     @property
     def tiles_at_once(self) -> int:
-        """Of a CTA."""
+        """Whole tiles that a CTA's consumers hold."""
         return self.consumers * self.consumer_rows // self.tile_m
 
     @property

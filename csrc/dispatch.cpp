@@ -138,12 +138,15 @@ const char* why_not(const Config& c, const Problem& p, Alignment pointers, int32
 
 namespace {
 
+// Rows of tiles in a group, and of a persistent kernel whose rows have few tiles: aot/rules.py's.
+constexpr int64_t kGroup = 8, kFewColumns = 16, kFewColumnsGroup = 4;
+
 // Bytes to and from DRAM: lbg.h's "reads".
 double dram_bytes(const Config& c, const Problem& p, int32_t sm_count) {
   const int64_t tiles_m = tiles_of(p.m, c.tile_m), tiles_n = tiles_of(p.n, c.tile_n);
   const int64_t at_once = int64_t{sm_count} * c.ctas_per_sm;
-  const int64_t most = c.persistent ? (tiles_n <= 16 ? 4 : 8) : c.tma ? tiles_m : 8;
-  const int64_t group = std::min(most, tiles_m);
+  int64_t group = c.persistent && tiles_n <= kFewColumns ? kFewColumnsGroup : kGroup;
+  group = c.tma && !c.persistent ? tiles_m : std::min(group, tiles_m);
   const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
   const double x = m * k * bytes(p.x), weight = n * k * bytes(p.weight), out = m * n * bytes(p.out);
   const double group_x = std::min(static_cast<double>(group * c.tile_m), m) * k * bytes(p.x);

@@ -30,6 +30,7 @@ SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
 HOPPER = replace(SMALL, arch=90, tile_m=64)
 WS = Config(90, "f16", "f16", "f16", False, True, 128, 128, 64, 12, 2, 2, kernel="ws")
+PINGPONG = replace(WS, kernel="pingpong", epilogue_parts=4)
 RING = Config(90, "f16", "f16", "f16", False, True, 64, 64, 64, 8, 3, kernel="ring", x_box=16)
 
 
@@ -112,6 +113,7 @@ RING_STEP = "        mbarrier.arrive(ring.empty.index(last), pred=k > 0)\n"
     ("config", "changes", "told"),
     [
         (WS, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
+        (PINGPONG, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
         # once for each consumer's program
         (WS, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.5 stores per output element, 2 inside a loop"),
         (RING, [("= products(ring, zeros, K)", "= products(ring, zeros, K, out_ptr)"),
@@ -119,7 +121,7 @@ RING_STEP = "        mbarrier.arrive(ring.empty.index(last), pred=k > 0)\n"
                 (RING_STEP, RING_STEP + "        gl.store(out_ptr + k, 0.0)\n")],
          r"1\.\d+ stores per output element, 1 inside"),
     ],
-    ids=["ws twice", "ws in its loop", "ring in its loop"],
+    ids=["ws twice", "pingpong twice", "ws in its loop", "ring in its loop"],
 )  # fmt: skip
 def test_a_hopper_kernel_that_stores_more_than_once(
     tmp_path: Path, kernels: Callable[..., None], config: Config, changes: list[tuple[str, str]], told: str
@@ -131,8 +133,12 @@ def test_a_hopper_kernel_that_stores_more_than_once(
 
 @pytest.mark.parametrize("change", [{"out": "f32"}, {"out_aligned": False}, {"x": "f32", "stages": 3}], ids=str)
 def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
-    # ws: two consumers, each with a loop and a step beside it; ring has that of a float32 x alone
-    for config, mma in ((WS, 16), (RING, 8 if "x" in change else 4)):
+    # ws: two consumers, each with a loop and a step beside it; pingpong the same of twice the rows; ring has a step
+    # beside the loop of a float32 x alone
+    wanted = {WS: 16, PINGPONG: 32, RING: 8 if "x" in change else 4}
+    if "out_aligned" in change:
+        del wanted[PINGPONG]  # spills: no tile that stores to any address is one
+    for config, mma in wanted.items():
         report = compile.build(replace(config, **change), 90, tmp_path / "cubin").report
         assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
         assert report.mma == mma, report

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from aot import BuildError, costs, journal, model
-from aot.chips import CHIPS, REFERENCE, SUB_CORES, Chip, l2_share, named
+from aot.chips import CHIPS, REFERENCE, SUB_CORES, Chip, named
 from aot.compile import MOST_OTHER_SLOTS, Artifact
 from aot.configs import ARCHS, NAMES, Config, class_of
 from tests.bench.records import SHAPES, Shape
@@ -122,7 +122,7 @@ def choose(rows: Sequence[Artifact], shape: Shape, sm_count: int, us: dict[str, 
         at_once = max(1, a.report.ctas_per_sm["all"])
         made = costs.cost(a.config, a.report)
         return model.predicted_us(
-            a.config, made, at_once, shape.m, shape.n, shape.k, sm_count, l2_share(a.report.arch) * sm_count
+            a.config, made, at_once, shape.m, shape.n, shape.k, sm_count, REFERENCE[a.report.arch].l2_share * sm_count
         )
 
     legal = [a for a in rows if not why_not(a.config, shape)]

@@ -6,7 +6,7 @@ the float16 one: bfloat16 runs the same instructions, and on sm_89 a float32 res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from aot import BuildError, rules
@@ -95,8 +95,9 @@ def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple
         yield tile_of(row), "shipped"
     few = promise == "any_out"  # the last resort of an aligned call, and no other's: the main shapes are enough
     if arch == 90:
-        yield from ((tile, "ws") for tile in _ws(dtypes, few))
-        yield from ((tile, "ping-pong") for tile in _pingpong(dtypes, few))
+        yield from ((tile, "ws") for tile in _persistent("ws", WS_FEW if few else WS_SHAPES, dtypes))
+        pingpong = PINGPONG_FEW if few else PINGPONG_SHAPES
+        yield from ((tile, "ping-pong") for tile in _persistent("pingpong", pingpong, dtypes))
         yield from ((tile, "ring") for tile in _ring(dtypes, few))
     else:
         yield from ((tile, "async") for tile in _async(arch, dtypes, few))
@@ -160,7 +161,7 @@ RING_SHAPES = {
     (128, 64, 64): (128,), (128, 128, 64): (64, 128), (128, 256, 64): (128,),
 }  # fmt: skip
 RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 128, 64), (128, 128, 64))
-WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 128, 128), (128, 64, 64), (256, 128, 64), (256, 64, 64))
+WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 64, 64), (256, 128, 64), (256, 64, 64))
 WS_FEW = WS_SHAPES[:2]
 PINGPONG_SHAPES = ((128, 128, 64), (64, 256, 64))
 PINGPONG_FEW = PINGPONG_SHAPES[:1]
@@ -184,26 +185,15 @@ def _ring(dtypes: DTypes, few: bool) -> Iterator[Tile]:
                 yield Tile(m, n, k, m // 16 + 4, stages, kernel="ring", x_box=box)
 
 
-def _ws(dtypes: DTypes, few: bool) -> Iterator[Tile]:
-    """As many stages as fit beside the buffers of the result."""
+def _persistent(kernel: str, shapes: Sequence[tuple[int, int, int]], dtypes: DTypes) -> Iterator[Tile]:
+    """As many stages as fit beside the buffers of the result. Two consumers share a tile, or have one each."""
     x, _, out, _ = dtypes
-    for m, n, k in WS_FEW if few else WS_SHAPES:
-        result = m * n * ELEMENT_BYTES[out]
-        parts = max(OUT_BUFFERS, result // (2 * WS_BUFFER_BYTES))  # of two consumers
+    for m, n, k in shapes:
+        result = m * n * ELEMENT_BYTES[out] * (2 if kernel == "pingpong" else 1)  # both consumers'
+        parts = max(OUT_BUFFERS, result // (2 * WS_BUFFER_BYTES))
         each = (m * ELEMENT_BYTES[x] + n * 2) * k
         room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - OUT_BUFFERS * result // parts
-        yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel="ws")
-
-
-def _pingpong(dtypes: DTypes, few: bool) -> Iterator[Tile]:
-    """The same of consumers with a whole tile each."""
-    x, _, out, _ = dtypes
-    for m, n, k in PINGPONG_FEW if few else PINGPONG_SHAPES:
-        result = m * n * ELEMENT_BYTES[out]
-        parts = max(OUT_BUFFERS, result // WS_BUFFER_BYTES)
-        each = (m * ELEMENT_BYTES[x] + n * 2) * k
-        room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - 2 * OUT_BUFFERS * result // parts
-        yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel="pingpong")
+        yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel=kernel)
 
 
 # ---- both: aot/kernels.py, with the user's warps and stages

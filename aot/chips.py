@@ -31,6 +31,8 @@ LIMITS = {
     90: Limits(65536, 64, 32, 228 * 1024, 227 * 1024),
 }
 
+DRAM_EFFICIENCY = 0.88  # of the datasheet's bandwidth: a copy on an H100, 2.94 of 3.35 TB/s
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -59,6 +61,16 @@ class Chip:
     def l2_holds(self) -> int:
         """Bytes that all SMs read and that stay in L2."""
         return self.l2_bytes // self.l2_copies
+
+    @property
+    def l2_share(self) -> int:
+        """One SM's, of what L2 holds; dispatch knows a GPU's SMs and not its L2."""
+        return self.l2_holds // self.sm_count
+
+    @property
+    def dram_share(self) -> float:
+        """One SM's, in bytes a microsecond."""
+        return self.dram_gb_per_s * 1e3 * DRAM_EFFICIENCY / self.sm_count
 
     def tflops(self, cycles: float) -> float:
         """The tensor cores' peak if an m16n8k16 takes a sub-core so many cycles."""
@@ -156,19 +168,6 @@ CHIPS = {
 }
 # The GPU that an arch's kernels are judged for.
 REFERENCE = {89: CHIPS["RTX 4090"], 90: CHIPS["H100 SXM"]}
-
-
-DRAM_EFFICIENCY = 0.88  # of the datasheet's bandwidth: a copy on an H100, 2.94 of 3.35 TB/s
-
-
-def dram_share(arch: int) -> float:
-    """One SM's, in bytes a microsecond."""
-    return REFERENCE[arch].dram_gb_per_s * 1e3 * DRAM_EFFICIENCY / REFERENCE[arch].sm_count
-
-
-def l2_share(arch: int) -> int:
-    """One SM's, of what L2 holds; dispatch knows a GPU's SMs and not its L2."""
-    return REFERENCE[arch].l2_holds // REFERENCE[arch].sm_count
 
 
 def named(name: str) -> Chip:

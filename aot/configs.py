@@ -21,6 +21,8 @@ DTYPES = tuple(
     (x, weight, out) for weight in ("f16", "bf16") for x in (weight, "f32") for out in (weight, "f32")
 )  # fmt: skip
 
+PERSISTENT = ("ws", "pingpong")  # kernels whose CTAs walk the tiles
+
 
 @dataclass(frozen=True)
 class Config:
@@ -61,7 +63,7 @@ class Config:
     @property
     def persistent(self) -> bool:
         """Whether its CTAs walk the tiles."""
-        return self.kernel in ("ws", "pingpong")
+        return self.kernel in PERSISTENT
 
     @property
     def program_warps(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from aot.chips import dram_share, l2_share
+from aot.chips import REFERENCE
 from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, Launched, late_us
 
 HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
@@ -97,7 +97,7 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
             busy[:, column] += waves * steps * per_sm * (row_bytes % unit != 0)
         busy[:, 8] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
         busy[:, 9] += waves * steps * (boxes - 1)
-    x_reads, weight_reads = reads(config, shapes, most, l2_share(config.arch) * sm_count)
+    x_reads, weight_reads = reads(config, shapes, most, REFERENCE[config.arch].l2_share * sm_count)
     memory[:, 10] = (x_reads * m * k * x + weight_reads * n * k * weight + m * n * out) / sm_count
     longer = (busy @ linear > memory @ linear)[:, None]
     rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
@@ -149,7 +149,7 @@ def fit(config: Kernel, shapes: np.ndarray, us: np.ndarray, weight: np.ndarray, 
     own = linear_of({name: getattr(config, name) for name in CONSTANTS})
     # A constant that no time depends on stays the wheel's: to be off by all of itself costs as much as TIE of a time.
     # The memory's bandwidth is the GPU's and no kernel's: FIRM_TIE.
-    own[-1] = 1 / dram_share(config.arch)
+    own[-1] = 1 / REFERENCE[config.arch].dram_share
     tie = np.where(np.arange(len(own)) == len(own) - 1, FIRM_TIE, TIE)
     ties = np.diag(tie / np.maximum(own, 1e-12)) * (own > 0)
     tied = tie * (own > 0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aot.chips import DRAM_EFFICIENCY, MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
+from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
 from aot.configs import ELEMENT_BYTES, Config
 from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, grid, late_us
 
@@ -143,7 +143,7 @@ def cost(config: Config, report: Report, chip: Chip) -> Cost:
         off128_us=0.0,
         fill_us=round(config.tile_k * ELEMENT_BYTES[config.x] / FILL_BYTES_PER_US, 5) if config.x_box else 0.0,
         box_us=BOX_US if config.x_box else 0.0,
-        dram_bytes_per_us=round(chip.dram_gb_per_s * 1e3 * DRAM_EFFICIENCY / chip.sm_count),
+        dram_bytes_per_us=round(chip.dram_share),
     )
 
 

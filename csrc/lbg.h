@@ -146,7 +146,7 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 // RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of an SM's share.
 double predicted_us(const Config& config, const Problem& problem, int32_t sm_count);
 
-// What a launch takes that might have begun early: the median of what a fit found for 68 kernels on an H100.
+// What a launch takes that might have begun early: an estimate from an H100's times, which no command here makes again.
 constexpr double kLateUs = 1.3;
 
 int64_t tiles(const Config& config, const Problem& problem);

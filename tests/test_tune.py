@@ -390,7 +390,7 @@ def test_candidates_keep_the_rules_and_every_exclusion_has_a_reason() -> None:
             for promise in evidence.PROMISES:
                 found = list(candidates.candidates(arch, kind, promise))
                 some = [each.config for each in found if isinstance(each, Candidate)]
-                assert len({config.symbol for config in some}) == len(some) <= 40
+                assert len({config.symbol for config in some}) == len(some) <= 32
                 assert all(not candidates.why_not(config) for config in some)
                 assert {configs.tile_of(row) for row in ROWS[arch][kind][promise]} <= {
                     candidates.tile_from(c) for c in some
@@ -463,3 +463,14 @@ def test_a_fit_takes_from_a_journal_what_it_has_no_times_of(tmp_path: Path) -> N
     assert set(found.kernels) == {first.symbol, second.symbol}
     with pytest.raises(BuildError, match="is of a H100, these times of a H200"):
         replace(run, facts={"gpu": "H200"}).with_journal(path)
+
+
+def test_a_bfloat16_kernel_is_judged_by_its_float16_twins_constants() -> None:
+    config = next(config for config in CONFIGS if config.arch == 90 and config.aligned and config.x == "f16")
+    twin = replace(config, x="bf16", weight="bf16", out="bf16" if config.out == "f16" else "f32")
+    kernels = {each.symbol: fit.lbg.Config(**kernel(each)) for each in (config, twin)}
+    fitted = {config.symbol: {"cost": dict.fromkeys(CONSTANTS, 7.0)}}
+    run = fit.Run({}, 132, kernels, [])
+    assert fit.all_costs(run, fitted) == dict.fromkeys(kernels, dict.fromkeys(CONSTANTS, 7.0))
+    own = {name: getattr(kernels[twin.symbol], name) for name in CONSTANTS}
+    assert fit.all_costs(run, {})[twin.symbol] == own  # the wheel's

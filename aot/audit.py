@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aot import BuildError, costs, journal, model
+from aot import BuildError, costs, journal, model, rules
 from aot.chips import CHIPS, REFERENCE, SUB_CORES, Chip, named
 from aot.compile import MOST_OTHER_SLOTS, Artifact
 from aot.configs import ARCHS, NAMES, Config, class_of
@@ -128,7 +128,10 @@ def choose(rows: Sequence[Artifact], shape: Shape, sm_count: int, us: dict[str, 
     legal = [a for a in rows if not why_not(a.config, shape)]
     # One that does without an alignment which the call has is a last resort.
     plain = [a for a in legal if a.config.aligned and (a.config.out_aligned or shape.n % 8 != 0)]
-    return min(plain, key=expected) if plain else legal[0]
+    # So is one whose x comes in many boxes.
+    row_bytes = model.row_bytes(rows[0].config, shape.m, shape.n, shape.k)
+    few = [a for a in plain if not rules.in_many_boxes(a.config, shape.m, row_bytes)]
+    return min(few or plain, key=expected) if plain else legal[0]
 
 
 def label(config: Config) -> str:

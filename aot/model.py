@@ -175,15 +175,19 @@ def dram_bytes(config: Config, at_once: int, m: int, n: int, k: int, l2_bytes: f
     return x_reads * m * k * x + weight_reads * n * k * weight + m * n * out
 
 
+def row_bytes(config: Config, m: int, n: int, k: int) -> int:
+    """Every row of contiguous operands starts on as many bytes as this is a multiple of, if the first does."""
+    return (k * ELEMENT_BYTES[config.x] if m > 1 else 0) | (k * ELEMENT_BYTES[config.weight] if n > 1 else 0)
+
+
 def predicted_us(
     config: Config, cost: Cost, at_once: int, m: int, n: int, k: int, sm_count: int, l2_bytes: float
 ) -> float:
     """csrc/lbg.h's formula, of contiguous operands; `at_once` are the CTAs that an SM holds, `l2_bytes` what L2
     does."""
     steps, tiles = up(k, config.tile_k), grid(m, n, config.tile_m, config.tile_n)
-    row_bytes = (k * ELEMENT_BYTES[config.x] if m > 1 else 0) | (k * ELEMENT_BYTES[config.weight] if n > 1 else 0)
     offs = ((32, cost.off32_us), (64, cost.off64_us), (128, cost.off128_us))
-    crowd_us = cost.crowd_us + sum(us for unit, us in offs if row_bytes % unit)
+    crowd_us = cost.crowd_us + sum(us for unit, us in offs if row_bytes(config, m, n, k) % unit)
     boxes_us = 0.0
     if config.x_box:
         boxes_us = (up(min(m, config.tile_m), config.x_box) - 1) * cost.box_us

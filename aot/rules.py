@@ -67,6 +67,11 @@ class Launched(HasSizes, Protocol):
     def persistent(self) -> bool: ...
 
 
+class Boxed(HasSizes, Protocol):
+    @property
+    def x_box(self) -> int: ...
+
+
 def facts(registers: int, spill_bytes: int, ctas_per_sm: dict[str, int], inputs: int) -> Facts:
     """From a build report: ctas_per_sm holds the CTAs of an SM by each limit, and "all".
 
@@ -164,6 +169,15 @@ def late_us(config: Launched, m: Any, n: Any, k: Any, sm_count: int) -> Any:
         return 0.0
     tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
     return LATE_US * ((m > 2 * config.tile_m) & (2 * tiles > sm_count) & (k > 1024))
+
+
+MOST_BOXES = 3  # csrc/lbg.h's kMostBoxes
+
+
+def in_many_boxes(config: Boxed, m: int, row_bytes: int) -> bool:
+    """Whether a tile's x comes in so many boxes that dispatch takes the kernel only where no other can run. `row_bytes`
+    is what every row of x and weight starts on a multiple of."""
+    return row_bytes % 32 != 0 and config.x_box != 0 and -(-min(m, config.tile_m) // config.x_box) > MOST_BOXES
 
 
 def gains_enough(us: float, simpler_us: float, margin: float = 0.0) -> bool:

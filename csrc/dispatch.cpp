@@ -104,6 +104,14 @@ const char* why_not_in_class(const Config& c, const Problem& p, const Broken& wh
 // Whether `c` has masks or narrow accesses that this call could do without: a last resort.
 bool does_without(const Config& c, const Broken& why) { return !c.aligned || (!c.out_aligned && !why.out); }
 
+// Loads of a tile's x that bring in rows, of a kernel that has them in boxes.
+int64_t boxes(const Config& c, const Problem& p) { return tiles_of(std::min<int64_t>(p.m, c.tile_m), c.x_box); }
+
+// Whether a tile's x comes in more boxes than the formula can be trusted with: a last resort too.
+bool in_many_boxes(const Config& c, const Problem& p) {
+  return c.x_box && row_bytes(p) % 32 && boxes(c, p) > kMostBoxes;
+}
+
 Class rows_of(const Problem& p, int32_t arch) {
   const auto x = static_cast<uint32_t>(p.x), weight = static_cast<uint32_t>(p.weight),
              out = static_cast<uint32_t>(p.out);
@@ -169,7 +177,7 @@ double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
   if (row % 64) crowd_us += c.cost.off64_us;
   if (row % 32) crowd_us += c.cost.off32_us;
   if (c.x_box) {
-    boxes_us = static_cast<double>(tiles_of(std::min<int64_t>(p.m, c.tile_m), c.x_box) - 1) * c.cost.box_us;
+    boxes_us = static_cast<double>(boxes(c, p) - 1) * c.cost.box_us;
     crowd_us += static_cast<double>(std::max<int64_t>(c.x_box - p.m, 0)) * c.cost.fill_us;
   }
   const auto wave_us = [&](int64_t fullest, double per_sm) {
@@ -214,7 +222,10 @@ const Config* choose(const Problem& p, Alignment pointers, int32_t arch, int32_t
   double best_us = std::numeric_limits<double>::infinity();
   for (const Config* c = kConfigs + rows.first; c != kConfigs + rows.first + rows.count; ++c) {
     // The arch's own kernel of the forced name: another arch may ship one of that name too.
-    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && does_without(*c, why)) continue;
+    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0
+               : best && (does_without(*c, why) || in_many_boxes(*c, p))) {
+      continue;
+    }
     if (why_not_in_class(*c, p, why)) continue;
     const double us = predicted_us(*c, p, sm_count);
     if (us < best_us) best = c, best_us = us;

@@ -293,6 +293,15 @@ def test_the_audit_chooses_as_dispatch_does(shape: tuple[int, int, int], chosen:
     assert audit.choose(CLASS, Shape(*shape), 128, quick).config == chosen
 
 
+@pytest.mark.parametrize(("m", "chosen"), [(16, RING), (48, RING), (49, ADA_X16), (4096, ADA_X16)])
+def test_the_audit_leaves_many_boxes_to_last_as_dispatch_does(m: int, chosen: Config) -> None:
+    ring = replace(RING, x="f16")
+    quick = {ADA_X16.symbol: 3.0, ring.symbol: 2.0}
+    assert audit.choose([artifact(), artifact(ring)], Shape(m, 128, 72), 128, quick).config.kernel == chosen.kernel
+    assert audit.choose([artifact(ring)], Shape(m, 128, 72), 128, quick).config == ring
+    assert audit.choose([artifact(), artifact(ring)], Shape(m, 128, 80), 128, quick).config == ring  # on 32 bytes
+
+
 def test_what_the_command_says() -> None:
     found = audit.audit(CLASS, RTX_4090, [Shape(*LARGE), Shape(16, 4096, 4096)])
     text = audit.said(found, RTX_4090)

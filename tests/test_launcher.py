@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import lbg
+from aot import rules
 from tests.bench import fit
 from tests.cases import CLASSES, shapes
 
@@ -514,6 +515,8 @@ def test_dispatch_takes_the_lowest_predicted_legal_kernel(
                 assert found.chosen and legal and legal[0].config is found.chosen, f"{(m, n, k)}: {found}"
                 among = [c for c in legal if c.config.aligned] or legal
                 among = [c for c in among if c.config.out_aligned] or among
+                row_bytes = k * x.itemsize | k * weight.itemsize
+                among = [c for c in among if not rules.in_many_boxes(c.config, m, row_bytes)] or among
                 assert legal[0].predicted_us == min(c.predicted_us for c in among if c.predicted_us), found
                 assert found.chosen.aligned == (k > 0 and k % 8 == 0 and max(m, n) < 2**31 - 256), found
                 assert n % 8 == 0 or not found.chosen.out_aligned, found
@@ -565,6 +568,14 @@ def test_boxes_of_few_rows_are_for_few_rows() -> None:
     for m, x_box in ((1, 16), (8, 16), (16, 16), (64, 64)):
         chosen = chosen_for(m, 4096, 4096, 90, 132, MODES[0]).chosen
         assert chosen and chosen.x_box == x_box, chosen
+    # Off 32 bytes, where the formula would have it otherwise.
+    for m, n, k in ((49, 2920, 1832), (698, 408, 280), (669, 104, 120)):
+        for mode in MODES:
+            found = chosen_for(m, n, k, 90, 132, mode)
+            assert found.chosen and found.chosen.aligned and found.chosen.x_box != 16, found
+    quickest = min((c for c in chosen_for(669, 104, 120, 90, 132, MODES[1]).candidates if c.predicted_us),
+                   key=lambda c: c.predicted_us or 0)  # fmt: skip
+    assert quickest.config.x_box == 16, quickest
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

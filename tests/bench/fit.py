@@ -30,7 +30,8 @@ from torch import Tensor
 import lbg
 from aot import BuildError, evidence, journal
 from aot.configs import CONFIGS
-from aot.fitting import CONSTANTS, HOPELESS, Time, by_shape, fit_all, predicted_us
+from aot.fitting import CONSTANTS, ELEMENT_BYTES, HOPELESS, Time, by_shape, fit_all, predicted_us
+from aot.rules import in_many_boxes
 from tests import cases
 from tests.bench.machine import facts
 from tests.bench.records import SHAPES
@@ -279,9 +280,14 @@ def regrets(run: Run, costs: dict[str, dict[str, float]] | None) -> list[dict[st
     for group in by_shape(run):
         best, chosen = min(group, key=lambda t: t.us), next((t for t in group if t.chosen), None)
         if costs is not None:
-            # As choose() has it: a kernel that stores to any address is for results that need one.
-            chosen = min([t for t in group if run.kernels[t.symbol].out_aligned] or group, key=lambda t: float(
-                predicted_us(run.kernels[t.symbol], np.array([(t.m, t.n, t.k)]), run.sm_count, costs[t.symbol])[0]
+            # As choose() has it: a kernel that stores to any address is for results that need one, and one whose x
+            # comes in many boxes for nothing that another can run.
+            kernels, first = run.kernels, run.kernels[best.symbol]
+            row_bytes = best.k * ELEMENT_BYTES[first.x] | best.k * ELEMENT_BYTES[first.weight]
+            able = [t for t in group if kernels[t.symbol].out_aligned] or group
+            few = [t for t in able if not in_many_boxes(kernels[t.symbol], t.m, row_bytes)]
+            chosen = min(few or able, key=lambda t: float(
+                predicted_us(kernels[t.symbol], np.array([(t.m, t.n, t.k)]), run.sm_count, costs[t.symbol])[0]
             ))  # fmt: skip
         assert chosen is not None, group
         row = {"shape": f"{best.m}x{best.n}x{best.k}", "off": round(chosen.us / best.us - 1, 4)}

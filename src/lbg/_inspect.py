@@ -65,7 +65,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run. `chosen` is None on the CPU and where no kernel is needed; `why` says so."""
+    """What a call would run. `chosen` is None on the CPU and where no kernel is needed; `why` says so.
+
+    A last resort is taken only where no other kernel can run: one that does without an alignment which the call has, or
+    that takes x in boxes of few rows where M is large and rows start off 32 bytes, which nobody can predict well.
+    """
 
     chosen: Config | None
     why: str
@@ -181,7 +185,7 @@ def explain(
     if chosen is None:
         return Explanation(None, f"{what}: no shipped kernel can run", tuple(candidates))
     forced = extension.get_override()
-    reason = "forced by lbg.override" if forced else "the lowest predicted time of those that can run"
+    reason = "forced by lbg.override" if forced else "the lowest predicted time, last resorts aside"
     return Explanation(chosen, f"{what}: {reason}", tuple(candidates))
 
 

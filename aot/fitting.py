@@ -83,7 +83,7 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
     steps = -(-k // config.tile_k)
     most = sm_count * config.ctas_per_sm
     whole, rest = ctas // most, ctas % most
-    row_bytes = np.where(m > 1, k * x, 0) | np.where(n > 1, k * weight, 0)
+    starts = row_bytes(config, shapes)
     boxes = -(-np.minimum(m, config.tile_m) // config.x_box) if config.x_box else 1
     busy, memory = np.zeros((2, len(shapes), len(CONSTANTS)))
     for waves, at_once in ((whole, most), (rest > 0, rest)):
@@ -94,7 +94,7 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
         busy[:, 3] += waves * steps * np.where(by_step, 0, 1)
         busy[:, 4] += waves * steps * per_sm
         for column, unit in ((5, 32), (6, 64), (7, 128)):
-            busy[:, column] += waves * steps * per_sm * (row_bytes % unit != 0)
+            busy[:, column] += waves * steps * per_sm * (starts % unit != 0)
         busy[:, 8] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
         busy[:, 9] += waves * steps * (boxes - 1)
     x_reads, weight_reads = reads(config, shapes, most, REFERENCE[config.arch].l2_share * sm_count)
@@ -103,6 +103,13 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
     rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
     rows[:, 0] = 1
     return rows
+
+
+def row_bytes(config: Kernel, shapes: np.ndarray) -> np.ndarray:
+    """What every row of x and weight starts on a multiple of: aot/model.py's row_bytes()."""
+    m, n, k = shapes.T
+    x, weight = ELEMENT_BYTES[config.x], ELEMENT_BYTES[config.weight]
+    return np.where(m > 1, k * x, 0) | np.where(n > 1, k * weight, 0)
 
 
 def reads(config: Kernel, shapes: np.ndarray, at_once: int, l2_bytes: float) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
 from aot.configs import ELEMENT_BYTES, Config
-from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, grid, late_us
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, boxes, grid, late_us
 
 if TYPE_CHECKING:
     from aot.compile import Report
@@ -190,7 +190,7 @@ def predicted_us(
     crowd_us = cost.crowd_us + sum(us for unit, us in offs if row_bytes(config, m, n, k) % unit)
     boxes_us = 0.0
     if config.x_box:
-        boxes_us = (up(min(m, config.tile_m), config.x_box) - 1) * cost.box_us
+        boxes_us = (boxes(config, m) - 1) * cost.box_us
         crowd_us += max(config.x_box - m, 0) * cost.fill_us
     busy = 0.0
     for count, ctas in waves(tiles, sm_count * at_once):

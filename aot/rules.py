@@ -171,13 +171,18 @@ def late_us(config: Launched, m: Any, n: Any, k: Any, sm_count: int) -> Any:
     return LATE_US * ((m > 2 * config.tile_m) & (2 * tiles > sm_count) & (k > 1024))
 
 
+def boxes(config: Boxed, m: int) -> int:
+    """Loads of a tile's x that bring in rows, of a kernel that has them in boxes."""
+    return -(-min(m, config.tile_m) // config.x_box)
+
+
 MOST_BOXES = 3  # csrc/lbg.h's kMostBoxes
 
 
 def in_many_boxes(config: Boxed, m: int, row_bytes: int) -> bool:
     """Whether a tile's x comes in so many boxes that dispatch takes the kernel only where no other can run. `row_bytes`
     is what every row of x and weight starts on a multiple of."""
-    return row_bytes % 32 != 0 and config.x_box != 0 and -(-min(m, config.tile_m) // config.x_box) > MOST_BOXES
+    return row_bytes % 32 != 0 and config.x_box != 0 and boxes(config, m) > MOST_BOXES
 
 
 def gains_enough(us: float, simpler_us: float, margin: float = 0.0) -> bool:

@@ -101,15 +101,19 @@ const char* why_not_in_class(const Config& c, const Problem& p, const Broken& wh
   return c.tma ? why.map : nullptr;
 }
 
-// Whether `c` has masks or narrow accesses that this call could do without: a last resort.
+// Whether `c` has masks or narrow accesses that this call could do without.
 bool does_without(const Config& c, const Broken& why) { return !c.aligned || (!c.out_aligned && !why.out); }
 
 // Loads of a tile's x that bring in rows, of a kernel that has them in boxes.
 int64_t boxes(const Config& c, const Problem& p) { return tiles_of(std::min<int64_t>(p.m, c.tile_m), c.x_box); }
 
-// Whether a tile's x comes in more boxes than the formula can be trusted with: a last resort too.
+// Whether a tile's x comes in more boxes than the formula can be trusted with.
 bool in_many_boxes(const Config& c, const Problem& p) {
   return c.x_box && row_bytes(p) % 32 && boxes(c, p) > kMostBoxes;
+}
+
+bool last_resort(const Config& c, const Problem& p, const Broken& why) {
+  return does_without(c, why) || in_many_boxes(c, p);
 }
 
 Class rows_of(const Problem& p, int32_t arch) {
@@ -222,10 +226,7 @@ const Config* choose(const Problem& p, Alignment pointers, int32_t arch, int32_t
   double best_us = std::numeric_limits<double>::infinity();
   for (const Config* c = kConfigs + rows.first; c != kConfigs + rows.first + rows.count; ++c) {
     // The arch's own kernel of the forced name: another arch may ship one of that name too.
-    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0
-               : best && (does_without(*c, why) || in_many_boxes(*c, p))) {
-      continue;
-    }
+    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && last_resort(*c, p, why)) continue;
     if (why_not_in_class(*c, p, why)) continue;
     const double us = predicted_us(*c, p, sm_count);
     if (us < best_us) best = c, best_us = us;

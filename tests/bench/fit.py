@@ -30,7 +30,7 @@ from torch import Tensor
 import lbg
 from aot import BuildError, evidence, journal
 from aot.configs import CONFIGS
-from aot.fitting import CONSTANTS, ELEMENT_BYTES, HOPELESS, Time, by_shape, fit_all, predicted_us
+from aot.fitting import CONSTANTS, HOPELESS, Time, by_shape, fit_all, predicted_us, row_bytes
 from aot.rules import in_many_boxes
 from tests import cases
 from tests.bench.machine import facts
@@ -282,13 +282,14 @@ def regrets(run: Run, costs: dict[str, dict[str, float]] | None) -> list[dict[st
         if costs is not None:
             # As choose() has it: a kernel that stores to any address is for results that need one, and one whose x
             # comes in many boxes for nothing that another can run.
-            kernels, first = run.kernels, run.kernels[best.symbol]
-            row_bytes = best.k * ELEMENT_BYTES[first.x] | best.k * ELEMENT_BYTES[first.weight]
+            kernels, shape = run.kernels, np.array([(best.m, best.n, best.k)])
+            starts = int(row_bytes(kernels[best.symbol], shape)[0])
             able = [t for t in group if kernels[t.symbol].out_aligned] or group
-            few = [t for t in able if not in_many_boxes(kernels[t.symbol], t.m, row_bytes)]
-            chosen = min(few or able, key=lambda t: float(
-                predicted_us(kernels[t.symbol], np.array([(t.m, t.n, t.k)]), run.sm_count, costs[t.symbol])[0]
-            ))  # fmt: skip
+            few = [t for t in able if not in_many_boxes(kernels[t.symbol], t.m, starts)]
+            predicted = {
+                t.symbol: float(predicted_us(kernels[t.symbol], shape, run.sm_count, costs[t.symbol])[0]) for t in able
+            }
+            chosen = min(few or able, key=lambda t: predicted[t.symbol])
         assert chosen is not None, group
         row = {"shape": f"{best.m}x{best.n}x{best.k}", "off": round(chosen.us / best.us - 1, 4)}
         row["kind"] = "benchmark" if (best.m, best.n, best.k) in BENCHMARKS else "random"

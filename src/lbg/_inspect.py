@@ -68,7 +68,7 @@ class Explanation:
     """What a call would run. `chosen` is None on the CPU and where no kernel is needed; `why` says so.
 
     A last resort is taken only where no other kernel can run: one that does without an alignment which the call has, or
-    that takes x in boxes of few rows where M is large and rows start off 32 bytes, which nobody can predict well.
+    that takes x in many boxes of few rows where rows start off 32 bytes, as the predicted time errs there.
     """
 
     chosen: Config | None

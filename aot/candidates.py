@@ -87,7 +87,9 @@ def tile_from(config: Config) -> Tile:
 
 def describe(tile: Tile) -> str:
     box = f", boxes of {tile.x_box}" if tile.x_box else ""
-    return f"{tile.tile_m}x{tile.tile_n}x{tile.tile_k} {tile.kernel}, {tile.warps} warps, {tile.stages} stages{box}"
+    ctas = f", {tile.cluster} CTAs" if tile.cluster > 1 else ""
+    tiles = f"{tile.tile_m}x{tile.tile_n}x{tile.tile_k} {tile.kernel}"
+    return f"{tiles}, {tile.warps} warps, {tile.stages} stages{box}{ctas}"
 
 
 def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple[Tile, str]]:
@@ -96,6 +98,8 @@ def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple
     few = promise == "any_out"  # the last resort of an aligned call, and no other's: the main shapes are enough
     if arch == 90:
         yield from ((tile, "ws") for tile in _persistent("ws", WS_FEW if few else WS_SHAPES, dtypes))
+        pairs = PAIR_FEW if few else PAIR_SHAPES
+        yield from ((tile, "ws, two CTAs a tile") for tile in _persistent("ws", pairs, dtypes, 2))
         pingpong = PINGPONG_FEW if few else PINGPONG_SHAPES
         yield from ((tile, "ping-pong") for tile in _persistent("pingpong", pingpong, dtypes))
         yield from ((tile, "ring") for tile in _ring(dtypes, few))
@@ -163,6 +167,8 @@ RING_SHAPES = {
 RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 128, 64), (128, 128, 64))
 WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 64, 64), (256, 128, 64), (256, 64, 64))
 WS_FEW = WS_SHAPES[:2]
+PAIR_SHAPES = ((256, 256, 64), (256, 128, 64))  # of two CTAs
+PAIR_FEW = PAIR_SHAPES[:1]
 PINGPONG_SHAPES = ((128, 128, 64), (64, 256, 64))
 PINGPONG_FEW = PINGPONG_SHAPES[:1]
 WS_BUFFER_BYTES = 8192  # of a part of a consumer's result, on its way out: it has OUT_BUFFERS
@@ -185,15 +191,18 @@ def _ring(dtypes: DTypes, few: bool) -> Iterator[Tile]:
                 yield Tile(m, n, k, m // 16 + 4, stages, kernel="ring", x_box=box)
 
 
-def _persistent(kernel: str, shapes: Sequence[tuple[int, int, int]], dtypes: DTypes) -> Iterator[Tile]:
-    """As many stages as fit beside the buffers of the result. Two consumers share a tile, or have one each."""
+def _persistent(
+    kernel: str, shapes: Sequence[tuple[int, int, int]], dtypes: DTypes, cluster: int = 1
+) -> Iterator[Tile]:
+    """As many stages as fit beside the buffers of the result. Two consumers share a CTA's rows of a tile, or have a
+    tile each."""
     x, _, out, _ = dtypes
     for m, n, k in shapes:
-        result = m * n * ELEMENT_BYTES[out] * (2 if kernel == "pingpong" else 1)  # both consumers'
+        result = m // cluster * n * ELEMENT_BYTES[out] * (2 if kernel == "pingpong" else 1)  # both consumers'
         parts = max(OUT_BUFFERS, result // (2 * WS_BUFFER_BYTES))
-        each = (m * ELEMENT_BYTES[x] + n * 2) * k
+        each = (m // cluster * ELEMENT_BYTES[x] + n * 2) * k
         room = LIMITS[90].shared_block_bytes - BARRIER_BYTES - OUT_BUFFERS * result // parts
-        yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel=kernel)
+        yield Tile(m, n, k, 12, min(MOST_STAGES, room // each), parts, kernel=kernel, cluster=cluster)
 
 
 # ---- both: aot/kernels.py, with the user's warps and stages
@@ -221,7 +230,7 @@ def why_not(config: Config) -> str:
     least = 1 if config.kernel == "tile" else 2
     if config.stages < least:
         return f"shared memory holds {max(0, config.stages)} stages; a {config.kernel} kernel needs {least}"
-    if (accumulators := config.tile_m * config.tile_n // (config.multiplying_warps * 32)) > MOST_ACCUMULATORS:
+    if (accumulators := config.cta_rows * config.tile_n // (config.multiplying_warps * 32)) > MOST_ACCUMULATORS:
         return (
             f"{accumulators} of a thread's {REGISTERS} registers would be accumulators; the most is {MOST_ACCUMULATORS}"
         )

@@ -165,20 +165,22 @@ def tma_signature(
 
     elements = {"f16": gl.float16, "bf16": gl.bfloat16, "f32": gl.float32}
 
-    def tensor_map(dtype: str, rows: int, columns: int) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], elements[dtype])
+    def tensor_map(dtype: str, rows: int, columns: int, split: bool = False) -> str:
+        cga = [] if config.cluster == 1 else [[int(split), 0]]  # a cluster's CTAs have half of the rows each, or all
+        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], elements[dtype], cga_layout=cga)
         return f"tensordesc<{TRITON_TYPES[dtype]}[{rows},{columns}],{layout!r}>"
 
     ws = config.persistent
     out, out_type = "out_ptr", "*" + TRITON_TYPES[config.out]
     if ws:
         out = "out"
-        if config.out_aligned:  # a part of a consumer's rows
-            out_type = tensor_map(config.out, config.consumer_rows, config.tile_n // config.epilogue_parts)
+        if config.out_aligned:  # a part of a consumer's rows, in each CTA of a cluster
+            rows = config.consumer_rows * config.cluster
+            out_type = tensor_map(config.out, rows, config.tile_n // config.epilogue_parts, True)
     types = {
         # The ring kernel loads an operand 128 bytes wide, a swizzle's width.
-        "x": tensor_map(config.x, config.tile_m if ws else config.x_box,
-                        config.tile_k if ws else 128 // ELEMENT_BYTES[config.x]),
+        "x": tensor_map(config.x, config.tile_m // config.cluster if ws else config.x_box,
+                        config.tile_k if ws else 128 // ELEMENT_BYTES[config.x], True),
         "weight": tensor_map(config.weight, config.tile_n, config.tile_k if ws else 64),
         "scale_ptr": "*fp32",
         "shift_ptr": "*fp32",
@@ -224,6 +226,7 @@ def to_ptx(config: Config) -> Compiled:
 
     types, constants, hints = signature(config)
     options = {"num_warps": config.program_warps, "enable_fp_fusion": True, "ptx_version": PTX_VERSION}
+    options |= {"num_ctas": config.cluster}
     if config.tma:
         kernel = hopper.lbg_fused_ws if config.persistent else hopper.lbg_fused_ring
         source = GluonASTSource(fn=kernel, signature=types, constexprs=constants, attrs=hints)
@@ -317,7 +320,7 @@ def check(config: Config, report: Report) -> None:
         )
     # A thread's share of the tile, up to a vector: less means that a hint is missing.
     element = ELEMENT_BYTES[config.out]
-    share = config.tile_m * config.tile_n * element // (config.warps * 32)
+    share = config.cta_rows * config.tile_n * element // (config.warps * 32)
     if config.kernel == "async":
         share = min(share, async_constants(config)["PAIRS"] * 2 * element)
     if config.out_aligned and report.store_width_bytes < min(16, share):
@@ -360,7 +363,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     roles = config.consumers  # each with a main loop and an epilogue of its own
     loaders = [i for body in sass.innermost(bodies, "TMA load") if not any(map(sass.is_mma, body)) for i in body]
     ctas = ctas_per_sm(config, registers, compiled.shared_bytes)
-    outputs = config.tiles_at_once * config.tile_m * config.tile_n * ELEMENT_BYTES[config.out]
+    outputs = config.tiles_at_once * config.cta_rows * config.tile_n * ELEMENT_BYTES[config.out]
     report = Report(
         symbol=config.symbol,
         arch=cubin_arch,

@@ -44,6 +44,7 @@ class Config:
     x_box: int = 0  # ring: rows of x that are loaded at a time
     warps_m: int = 0  # async: of the warps, how many lie along M
     unit_k: int = 0  # async: how deep the operands are that a warp holds in registers, twice
+    cluster: int = 1  # ws: CTAs that share a tile, half of its rows each
     out_aligned: bool = True  # relies on stores that are: rows of the result start on 16 bytes, N is a multiple of 8
 
     @property
@@ -52,6 +53,7 @@ class Config:
         mode = "_acc16" if self.fp16_accumulate else ""
         ring = f"_b{self.x_box}_ring"
         kind = {"tile": "", "async": "_async", "ring": ring, "ws": "_ws", "pingpong": "_pp"}[self.kernel]
+        kind = f"_c{self.cluster}{kind}" if self.cluster > 1 else kind
         kind += "" if self.out_aligned else "_anyout" if self.aligned else "_any"
         return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{self.stages}{kind}"
 
@@ -76,24 +78,29 @@ class Config:
         return 2 if self.persistent else 1
 
     @property
+    def cta_rows(self) -> int:
+        """Of a tile, what one CTA computes."""
+        return self.tile_m // self.cluster
+
+    @property
     def multiplying_warps(self) -> int:
-        """Warps that share a tile."""
+        """Warps of a CTA that share a tile."""
         return self.program_warps * (2 if self.kernel == "ws" else 1)
 
     @property
     def consumer_rows(self) -> int:
         """Of a tile, what one consumer holds."""
-        return self.tile_m * self.program_warps // self.multiplying_warps
+        return self.cta_rows * self.program_warps // self.multiplying_warps
 
     @property
     def tiles_at_once(self) -> int:
-        """Whole tiles that a CTA's consumers hold."""
-        return self.consumers * self.consumer_rows // self.tile_m
+        """Tiles that a CTA's consumers hold, as far as they are the CTA's."""
+        return self.consumers * self.consumer_rows // self.cta_rows
 
     @property
     def tile_products(self) -> int:
-        """Multiplications of a K step."""
-        return self.tile_m * self.tile_n * self.tile_k
+        """Multiplications of a CTA's K step."""
+        return self.cta_rows * self.tile_n * self.tile_k
 
     @property
     def tile(self) -> str:
@@ -118,6 +125,7 @@ class Tile:
     x_box: int = 0
     warps_m: int = 0
     unit_k: int = 0
+    cluster: int = 1
 
 
 # Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements. By

@@ -75,7 +75,7 @@ def row(index: int, artifact: Artifact) -> str:
     return (
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '
         f"{C_DTYPES[config.out]}, {flags}, {config.tile_m}, {config.tile_n}, {config.tile_k}, {config.warps}, "
-        f"{config.stages}, {config.x_box}, {report.shared_bytes}, {report.registers}, "
+        f"{config.stages}, {config.x_box}, {config.cluster}, {report.shared_bytes}, {report.registers}, "
         f"{max(1, report.ctas_per_sm['all'])}, {REFERENCE[report.arch].l2_share}, {{{costs}}}, "
         f"lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
     )

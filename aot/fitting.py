@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aot.chips import REFERENCE
-from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, Launched, late_us
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, Launched, late_us, places
 
 HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
 
@@ -81,13 +81,14 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
     x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
     ctas = -(-m // config.tile_m) * -(-n // config.tile_n)
     steps = -(-k // config.tile_k)
-    most = sm_count * config.ctas_per_sm
+    sms = places(config, sm_count)
+    most = sms * config.ctas_per_sm
     whole, rest = ctas // most, ctas % most
     starts = row_bytes(config, shapes)
     boxes = -(-np.minimum(m, config.tile_m) // config.x_box) if config.x_box else 1
     busy, memory = np.zeros((2, len(shapes), len(CONSTANTS)))
     for waves, at_once in ((whole, most), (rest > 0, rest)):
-        fullest, per_sm = -(-at_once // sm_count), at_once / sm_count
+        fullest, per_sm = -(-at_once // sms), at_once / sms
         by_step = fullest * linear[2] > linear[3]
         busy[:, 1] += waves
         busy[:, 2] += waves * steps * np.where(by_step, fullest, 0)

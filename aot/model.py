@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
 from aot.configs import ELEMENT_BYTES, Config
-from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, boxes, grid, late_us
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, boxes, grid, late_us, places
 
 if TYPE_CHECKING:
     from aot.compile import Report
@@ -84,9 +84,10 @@ def mma_cycles(config: Config, report: Report, chip: Chip) -> float:
     return chip.mma_cycles_fp16 if config.fp16_accumulate else chip.mma_cycles
 
 
-def operand_bytes(config: Config) -> int:
-    """What a CTA's K step loads."""
-    return config.tile_k * (config.tile_m * ELEMENT_BYTES[config.x] + config.tile_n * ELEMENT_BYTES[config.weight])
+def operand_bytes(config: Config, weight_loads: float = 1) -> float:
+    """What a CTA's K step loads, if it loads so much of its weight."""
+    weight = weight_loads * config.tile_n * ELEMENT_BYTES[config.weight]
+    return config.tile_k * (config.cta_rows * ELEMENT_BYTES[config.x] + weight)
 
 
 def step(config: Config, report: Report, chip: Chip) -> Step:
@@ -97,7 +98,7 @@ def step(config: Config, report: Report, chip: Chip) -> Step:
     # The TMA unit writes what it loads past the instructions that are counted.
     shared = report.loop_shared_bytes / report.loop_steps
     shared += operand_bytes(config) if config.tma else 0
-    l2 = operand_bytes(config) * (1 if config.aligned else SECTOR_WASTE) / chip.l2_bytes_per_cycle
+    l2 = operand_bytes(config, 1 / config.cluster) * (1 if config.aligned else SECTOR_WASTE) / chip.l2_bytes_per_cycle
     cycles = (matrix, slots, shared / SHARED_BYTES_A_CYCLE, l2)
     return Step(*(each / chip.clock_mhz for each in cycles))
 
@@ -114,7 +115,7 @@ def ctas(config: Config, report: Report, chip: Chip) -> int:
 def epilogue_us(config: Config, report: Report, chip: Chip) -> float:
     """What a CTA issues outside of its main loop, and the stores' way to L2."""
     slots = report.other_instructions * config.multiplying_warps / SUB_CORES
-    stored = config.tile_m * config.tile_n * ELEMENT_BYTES[config.out] * (1 if config.out_aligned else SECTOR_WASTE)
+    stored = config.cta_rows * config.tile_n * ELEMENT_BYTES[config.out] * (1 if config.out_aligned else SECTOR_WASTE)
     return (slots + stored / chip.l2_bytes_per_cycle) / chip.clock_mhz
 
 
@@ -162,7 +163,7 @@ def waves(tiles: int, at_once: int) -> Iterator[tuple[int, int]]:
 
 
 def dram_bytes(config: Config, at_once: int, m: int, n: int, k: int, l2_bytes: float) -> int:
-    """Bytes to and from DRAM, of `at_once` CTAs on the GPU: the result once; x once, or once for each set of tile
+    """Bytes to and from DRAM, of `at_once` tiles on the GPU: the result once; x once, or once for each set of tile
     columns in flight if L2 does not hold a group's x; weight once, or once for each group, or set of groups in flight,
     if it does not stay in L2 beside a group's x."""
     x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
@@ -185,7 +186,7 @@ def predicted_us(
 ) -> float:
     """csrc/lbg.h's formula, of contiguous operands; `at_once` are the CTAs that an SM holds, `l2_bytes` what L2
     does."""
-    steps, tiles = up(k, config.tile_k), grid(m, n, config.tile_m, config.tile_n)
+    steps, tiles, sms = up(k, config.tile_k), grid(m, n, config.tile_m, config.tile_n), places(config, sm_count)
     offs = ((32, cost.off32_us), (64, cost.off64_us), (128, cost.off128_us))
     crowd_us = cost.crowd_us + sum(us for unit, us in offs if row_bytes(config, m, n, k) % unit)
     boxes_us = 0.0
@@ -193,10 +194,10 @@ def predicted_us(
         boxes_us = (boxes(config, m) - 1) * cost.box_us
         crowd_us += max(config.x_box - m, 0) * cost.fill_us
     busy = 0.0
-    for count, ctas in waves(tiles, sm_count * at_once):
-        step_us = max(up(ctas, sm_count) * cost.step_us, cost.latency_us)
-        busy += count * (cost.wave_us + steps * (step_us + boxes_us + ctas / sm_count * crowd_us))
-    memory = dram_bytes(config, sm_count * at_once, m, n, k, l2_bytes) / (sm_count * cost.dram_bytes_per_us)
+    for count, ctas in waves(tiles, sms * at_once):
+        step_us = max(up(ctas, sms) * cost.step_us, cost.latency_us)
+        busy += count * (cost.wave_us + steps * (step_us + boxes_us + ctas / sms * crowd_us))
+    memory = dram_bytes(config, sms * at_once, m, n, k, l2_bytes) / (sm_count * cost.dram_bytes_per_us)
     late = float(late_us(config, m, n, k, sm_count))
     return cost.launch_us + max(busy, memory) + min(busy, memory) / 10 + late
 
@@ -206,16 +207,17 @@ def predict(config: Config, report: Report, chip: Chip, m: int, n: int, k: int) 
     made, took, at_once = cost(config, report, chip), step(config, report, chip), ctas(config, report, chip)
     us = predicted_us(config, made, at_once, m, n, k, chip.sm_count, chip.l2_holds)
     tiles, steps = grid(m, n, config.tile_m, config.tile_n), up(k, config.tile_k)
-    passes = list(waves(tiles, chip.sm_count * at_once))
+    sms = places(config, chip.sm_count)
+    passes = list(waves(tiles, sms * at_once))
     count = sum(some for some, _ in passes)
-    each = tiles * steps / chip.sm_count  # K steps of an SM, if all SMs had as many
-    fullest = steps * sum(some * up(ctas, chip.sm_count) for some, ctas in passes)
+    each = tiles * steps / sms  # K steps of an SM, if all SMs had as many
+    fullest = steps * sum(some * up(ctas, sms) for some, ctas in passes)
     alone = {
         "tensor pipe": each * took.matrix_us,
         "issue slots": each * took.issue_us,
         "shared memory": each * took.shared_us,
         "L2": each * took.l2_us,
-        "DRAM": dram_bytes(config, chip.sm_count * at_once, m, n, k, chip.l2_holds)
+        "DRAM": dram_bytes(config, sms * at_once, m, n, k, chip.l2_holds)
         / (made.dram_bytes_per_us * chip.sm_count),
         "load latency": count * steps * chip.dram_latency_us / max(1, config.stages - 1),
         "waves and tail": count * made.wave_us + (fullest - each) * made.step_us,

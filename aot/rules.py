@@ -65,6 +65,8 @@ class Launched(HasSizes, Protocol):
     def tma(self) -> bool: ...
     @property
     def persistent(self) -> bool: ...
+    @property
+    def cluster(self) -> int: ...
 
 
 class Boxed(HasSizes, Protocol):
@@ -159,6 +161,13 @@ def grid(m: int, n: int, tile_m: int, tile_n: int) -> int:
 # and aot/hopper.py have the same.
 GROUP_M = 8
 FEW_COLUMNS, FEW_COLUMNS_GROUP_M = 16, 4  # of a persistent kernel's tiles: up to so many, groups of so many rows
+
+
+
+def places(config: Launched, sm_count: int) -> int:
+    """SMs, or clusters of them, that have a tile of their own."""
+    return max(1, sm_count // config.cluster)
+
 
 LATE_US = 1.3  # csrc/lbg.h's kLateUs
 

@@ -130,8 +130,15 @@ Class rows_of(const Problem& p, int32_t arch) {
 
 int64_t tiles(const Config& c, const Problem& p) { return tiles_of(p.m, c.tile_m) * tiles_of(p.n, c.tile_n); }
 
+namespace {
+
+// SMs, or clusters of them, that have tiles of their own.
+int64_t places(const Config& c, int32_t sm_count) { return std::max(1, sm_count / c.cluster); }
+
+}  // namespace
+
 int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
-  return c.persistent ? std::min(tiles(c, p), int64_t{sm_count} * c.ctas_per_sm) : tiles(c, p);
+  return c.cluster * (c.persistent ? std::min(tiles(c, p), places(c, sm_count) * c.ctas_per_sm) : tiles(c, p));
 }
 
 bool early(const Config& c, const Problem& p, int32_t sm_count) {
@@ -153,10 +160,9 @@ namespace {
 // Rows of tiles in a group, and of a persistent kernel whose rows have few tiles: aot/rules.py's.
 constexpr int64_t kGroup = 8, kFewColumns = 16, kFewColumnsGroup = 4;
 
-// Bytes to and from DRAM: lbg.h's "reads".
-double dram_bytes(const Config& c, const Problem& p, int32_t sm_count) {
+// Bytes to and from DRAM of `at_once` tiles on the GPU: lbg.h's "reads".
+double dram_bytes(const Config& c, const Problem& p, int64_t at_once, int32_t sm_count) {
   const int64_t tiles_m = tiles_of(p.m, c.tile_m), tiles_n = tiles_of(p.n, c.tile_n);
-  const int64_t at_once = int64_t{sm_count} * c.ctas_per_sm;
   int64_t group = c.persistent && tiles_n <= kFewColumns ? kFewColumnsGroup : kGroup;
   group = c.tma && !c.persistent ? tiles_m : std::min(group, tiles_m);
   const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
@@ -172,8 +178,8 @@ double dram_bytes(const Config& c, const Problem& p, int32_t sm_count) {
 }  // namespace
 
 double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
-  const int64_t ctas = tiles(c, p), whole = ctas / (int64_t{sm_count} * c.ctas_per_sm);
-  const int64_t rest = ctas - whole * sm_count * c.ctas_per_sm;
+  const int64_t sms = places(c, sm_count), at_once = sms * c.ctas_per_sm;
+  const int64_t count = tiles(c, p), whole = count / at_once, rest = count - whole * at_once;
   const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
   double boxes_us = 0, crowd_us = c.cost.crowd_us;
   const int64_t row = row_bytes(p);
@@ -189,8 +195,8 @@ double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
     return c.cost.wave_us + steps * (step_us + boxes_us + per_sm * crowd_us);
   };
   double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
-  if (rest) busy += wave_us(ceil_div(rest, sm_count), static_cast<double>(rest) / sm_count);
-  const double memory = dram_bytes(c, p, sm_count) / (sm_count * c.cost.dram_bytes_per_us);
+  if (rest) busy += wave_us(ceil_div(rest, sms), static_cast<double>(rest) / static_cast<double>(sms));
+  const double memory = dram_bytes(c, p, at_once, sm_count) / (sm_count * c.cost.dram_bytes_per_us);
   const double late = c.tma && !early(c, p, sm_count) ? kLateUs : 0;
   return c.cost.launch_us + std::max(busy, memory) + std::min(busy, memory) / 10 + late;
 }

@@ -84,9 +84,10 @@ struct Config {
   bool aligned;      // relies on aligned loads (see Alignment) and on inner strides of 1
   bool out_aligned;  // relies on aligned stores
   bool tma;          // its operands come through tensor maps; it waits by itself for what the stream ran before it
-  bool persistent;   // its CTAs walk the tiles
+  bool persistent;   // its CTAs, or clusters of them, walk the tiles
   int32_t tile_m, tile_n, tile_k, warps, stages;
-  int32_t x_box;  // rows of x that one load brings, of a kernel that loads those before M alone; else 0
+  int32_t x_box;    // rows of x that one load brings, of a kernel that loads those before M alone; else 0
+  int32_t cluster;  // CTAs that share a tile, each on an SM of its own
   int32_t shared_bytes, registers, ctas_per_sm;
   int32_t l2_bytes_per_sm;  // one SM's share of what L2 holds
   Cost cost;
@@ -127,8 +128,9 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //
 //   crowd        = crowd_us + fill_us * max(x_box - M, 0)
 //                  + (off32_us, off64_us, off128_us, each if rows of x or weight start off so many bytes)
-//   step(c)      = max(q * step_us, latency_us) + (x boxes of a tile - 1) * box_us + c / sm_count * crowd
-//                  of a wave of c CTAs, q of them on the fullest SM
+//   step(c)      = max(q * step_us, latency_us) + (x boxes of a tile - 1) * box_us + c / SMs * crowd
+//                  of a wave of c tiles, q of them on the fullest of the SMs, or of the clusters of SMs that share a
+//                  tile
 //   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c)
 //   memory       = (x reads * bytes of x + weight reads * bytes of weight + bytes of the result)
 //                  / (sm_count * dram_bytes_per_us)
@@ -157,7 +159,7 @@ constexpr double kLateUs = 1.3;
 
 int64_t tiles(const Config& config, const Problem& problem);
 
-// CTAs of a launch: one a tile, and no more than fit on the GPU at once if they are persistent.
+// CTAs of a launch: one a tile, or a cluster, and no more than fit on the GPU at once if they are persistent.
 int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
 
 // Whether to launch it while what the stream ran before still runs, if it waits for that by itself: the launch then

@@ -190,7 +190,7 @@ struct LaunchSite {
   const Driver& driver;
   CUkernel kernel;
   CUstream stream;
-  uint32_t grid;
+  uint32_t grid, cluster;
   bool early;  // dispatch.cpp's
 };
 
@@ -256,12 +256,18 @@ Status encode(const LaunchSite& site, const Matrix& matrix, const Box& box, Desc
 constexpr int kEarlyVersion = 12030;
 
 Status submit(const LaunchSite& site, const Launch& launch) {
-  CUlaunchAttribute early{};
-  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-  early.value.programmatic_stream_serialization_allowed = 1;
-  const unsigned attributes = site.early && site.driver.version >= kEarlyVersion;
-  const CUlaunchConfig config{site.grid,           1,           1,      launch.block, 1, 1,
-                              launch.shared_bytes, site.stream, &early, attributes};
+  CUlaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (site.cluster > 1) {
+    attributes[count].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    for (unsigned& ctas : attributes[count].value.cluster) ctas = 1;
+    attributes[count++].value.cluster[0] = site.cluster;
+  }
+  if (site.early && site.driver.version >= kEarlyVersion) {
+    attributes[count].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attributes[count++].value.programmatic_stream_serialization_allowed = 1;
+  }
+  const CUlaunchConfig config{site.grid, 1, 1, launch.block, 1, 1, launch.shared_bytes, site.stream, attributes, count};
   LBG_DRIVER_CALL(site.driver, cuLaunchKernelEx, &config, site.kernel, launch.params, nullptr);
   return {};
 }
@@ -314,8 +320,12 @@ Status run(const Problem& given, const Operands& operands, int32_t ordinal, void
   status = ready_kernel(*driver, *device, *config, &kernel);
   if (status.ok()) {
     const int32_t sm_count = device->gpu.sm_count;
-    const LaunchSite site{*driver, kernel, static_cast<CUstream>(stream),
-                          static_cast<uint32_t>(grid(*config, problem, sm_count)), early(*config, problem, sm_count)};
+    const LaunchSite site{*driver,
+                          kernel,
+                          static_cast<CUstream>(stream),
+                          static_cast<uint32_t>(grid(*config, problem, sm_count)),
+                          static_cast<uint32_t>(config->cluster),
+                          early(*config, problem, sm_count)};
     status = config->launch(site, problem, operands);
   }
   return status.ok() ? status : in_kernel(*config, problem, status);

@@ -238,6 +238,7 @@ def test_an_x_that_l2_does_not_hold_is_read_for_each_set_of_columns_in_flight() 
 
 RING = replace(ADA_X16, arch=90, kernel="ring", warps=8, tile_m=64, tile_k=64, x_box=16, x="f32")
 PINGPONG = replace(ADA_X16, arch=90, kernel="pingpong", warps=12, tile_n=128, tile_k=64, epilogue_parts=4)
+PAIR = replace(PINGPONG, kernel="ws", tile_m=256, tile_n=256, cluster=2)
 COSTS = (
     model.Cost(2.0, 1.5, 0.8, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 6930.0),
     model.Cost(1.5, 2.0, 0.2, 0.3, 0.1, 0.2, 0.05, 0.02, 0.003, 0.04, 30000.0),
@@ -258,13 +259,13 @@ def test_the_formula_is_that_of_dispatch(root: Path, tmp_path: Path) -> None:
     program = tmp_path / "predict"
     sources = [root / "tests" / "cpp" / "predict.cpp", root / "csrc" / "dispatch.cpp"]
     subprocess.run(["g++", "-std=c++17", f"-I{root / 'csrc'}", *sources, "-o", program], check=True)
-    cases = [(config, cost, ctas, shape, sms, share) for config in (ADA_X16, RING, PINGPONG) for cost in COSTS
+    cases = [(config, cost, ctas, shape, sms, share) for config in (ADA_X16, RING, PINGPONG, PAIR) for cost in COSTS
              for ctas in (1, 3) for shape in SHAPES for sms in (58, 132) for share in (1000, 200_000)]  # fmt: skip
     numbers: list[object] = []
     for config, cost, ctas, shape, sms, share in cases:
         numbers += [ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out)]
         numbers += [config.tile_m, config.tile_n, config.tile_k, config.x_box, ctas, *astuple(cost), *shape, sms]
-        numbers += [int(config.tma), int(config.persistent), share]
+        numbers += [int(config.tma), int(config.persistent), share, config.cluster]
     told = subprocess.run([program, *map(str, numbers)], capture_output=True, text=True, check=True).stdout.split()
     mine = [model.predicted_us(config, cost, ctas, *shape, sms, share * sms)
             for config, cost, ctas, shape, sms, share in cases]  # fmt: skip

@@ -239,7 +239,7 @@ def test_a_record_without_its_cubin_is_no_cache(tmp_path: Path) -> None:
 def test_the_cache_key_tells_configs_and_archs_apart() -> None:
     changes = {"x": "f32", "weight": "bf16", "out": "f32", "fp16_accumulate": True, "aligned": False, "tile_m": 32}
     changes |= {"tile_n": 32, "tile_k": 32, "warps": 8, "stages": 2, "epilogue_parts": 2, "group_m": 4, "arch": 90}
-    changes |= {"kernel": "ring", "x_box": 16, "warps_m": 2, "unit_k": 32, "out_aligned": False}
+    changes |= {"kernel": "ring", "x_box": 16, "warps_m": 2, "unit_k": 32, "out_aligned": False, "cluster": 2}
     assert set(changes) == set(Config.__dataclass_fields__)
     keys = [compile.cache_key(replace(SMALL, **{name: value}), 90) for name, value in changes.items()]
     keys += [compile.cache_key(SMALL, 89), compile.cache_key(SMALL, 90)]

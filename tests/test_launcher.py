@@ -110,11 +110,13 @@ def test_every_launch_is_right(start: Start) -> None:
         strides = [4160, 4112, 352] if config.aligned else [3, 700, 5, 900, 2, 4, 7, 1100]
         grid = -(-m // config.tile_m) * -(-n // config.tile_n)
         if config.persistent:
-            grid = min(grid, config.ctas_per_sm * 132)
+            grid = min(grid, config.ctas_per_sm * 132 // config.cluster)
+        grid *= config.cluster
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
         assert (call["shared_bytes"], call["stream"]) == (config.shared_bytes, 0x99), config
         assert call["early"] == begins_early(config, m, n, k, 132), config
+        assert call["cluster"] == [config.cluster, 1, 1], config
         if config.tma:
             x, weight, scale, shift, out = pointers
             maps = [

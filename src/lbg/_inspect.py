@@ -38,6 +38,7 @@ class Config:
     warps: int
     stages: int
     x_box: int  # rows of x that one load brings, of a kernel that loads those before M alone; else 0
+    cluster: int  # CTAs that share a tile, each on an SM of its own
     shared_bytes: int
     registers: int
     ctas_per_sm: int

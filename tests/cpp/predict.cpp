@@ -1,7 +1,7 @@
 // csrc/lbg.h's predicted_us of one kernel and shape, given as numbers: what aot/model.py must come to, too.
 //
 // predict x_bytes weight_bytes out_bytes tile_m tile_n tile_k x_box ctas_per_sm (the eleven constants of Cost) m n k
-// sms tma persistent l2_bytes_per_sm
+// sms tma persistent l2_bytes_per_sm cluster
 #include <cstdio>
 #include <cstdlib>
 
@@ -16,7 +16,7 @@ extern const int32_t kArchCount = 0;
 
 int main(int count, char** texts) {
   using lbg::DType;
-  for (char** text = texts + 1; text + 26 <= texts + count; text += 26) {
+  for (char** text = texts + 1; text + 27 <= texts + count; text += 27) {
     const auto whole = [&](int i) { return static_cast<int32_t>(std::atoi(text[i])); };
     const auto real = [&](int i) { return std::atof(text[8 + i]); };
     const auto dtype = [&](int i) { return whole(i) == 4 ? DType::f32 : DType::f16; };
@@ -25,6 +25,7 @@ int main(int count, char** texts) {
     c.tile_m = whole(3), c.tile_n = whole(4), c.tile_k = whole(5), c.x_box = whole(6), c.ctas_per_sm = whole(7);
     c.cost = {real(0), real(1), real(2), real(3), real(4), real(5), real(6), real(7), real(8), real(9), real(10)};
     c.tma = whole(23), c.persistent = whole(24), c.l2_bytes_per_sm = whole(25);
+    c.cluster = whole(26);
     lbg::Problem p{};
     p.x = c.x, p.weight = c.weight, p.out = c.out;
     p.m = whole(19), p.n = whole(20), p.k = whole(21);

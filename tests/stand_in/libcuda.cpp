@@ -338,19 +338,27 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, int dtype, unsigned rank, void
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUkernel kernel, void** params, void**) {
   const CUlaunchConfig& c = *config;
-  bool early = false, known = true;
+  bool early = false, legal = true;
+  std::vector<int64_t> cluster{1, 1, 1};
   for (unsigned i = 0; i < c.attribute_count; ++i) {
-    known = known && c.attributes[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    early = c.attributes[i].value.programmatic_stream_serialization_allowed == 1;
+    const auto& value = c.attributes[i].value;
+    if (c.attributes[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) {
+      early = value.programmatic_stream_serialization_allowed == 1;
+    } else if (c.attributes[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) {
+      cluster.assign(value.cluster, value.cluster + 3);
+      legal = legal && c.grid_x % cluster[0] == 0 && c.grid_y % cluster[1] == 0 && c.grid_z % cluster[2] == 0;
+    } else {
+      legal = false;
+    }
   }
   Call call("cuLaunchKernelEx");
   call.add("symbol", kernel->symbol).add("grid", std::vector<int64_t>{c.grid_x, c.grid_y, c.grid_z});
   call.add("block", std::vector<int64_t>{c.block_x, c.block_y, c.block_z}).add("shared_bytes", c.shared_bytes);
   call.add("stream", reinterpret_cast<int64_t>(c.stream)).add("params", values(kernel->symbol, params));
-  call.add("early", static_cast<int>(early));
+  call.add("early", static_cast<int>(early)).add("cluster", cluster);
   return call.run([&] {
     if (t_contexts.empty()) return kInvalidContext;
-    if (!known) return kInvalidValue;
+    if (!legal) return kInvalidValue;
     const int device = t_contexts.back()->device;
     if (gpus()[device].arch != kernel->arch) return kNoBinary;
     std::lock_guard<std::mutex> lock(g_mutex);

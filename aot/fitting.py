@@ -68,12 +68,12 @@ CONSTANTS = (
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
 FIRM_TIE = 0.5
-USUAL = 0.05  # a relative error of the formula
+USUAL = 0.1  # a relative error of the formula
 
 
 def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.ndarray) -> np.ndarray:
-    """A row a shape (M, N, K), so that row @ linear is csrc/lbg.h's predicted_us without what a late launch takes,
-    while no maximum in it changes sides.
+    """A row a shape (M, N, K): the slope of csrc/lbg.h's predicted_us, without what a late launch takes, at `linear`.
+    And row @ linear is that time itself, as twice the constants make twice the time.
 
     `linear` is CONSTANTS, but the last of them inverted.
     """
@@ -100,8 +100,9 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
         busy[:, 9] += waves * steps * (boxes - 1)
     x_reads, weight_reads = reads(config, shapes, most, REFERENCE[config.arch].l2_share * sm_count)
     memory[:, 10] = (x_reads * m * k * x + weight_reads * n * k * weight + m * n * out) / sm_count
-    longer = (busy @ linear > memory @ linear)[:, None]
-    rows = np.where(longer, busy + memory / 10, busy / 10 + memory)
+    busy_us, memory_us = busy @ linear, memory @ linear
+    both_us = (busy_us**4 + memory_us**4) ** 0.25
+    rows = busy * ((busy_us / both_us) ** 3)[:, None] + memory * ((memory_us / both_us) ** 3)[:, None]
     rows[:, 0] = 1
     return rows
 
@@ -133,7 +134,11 @@ def linear_of(cost: dict[str, float]) -> np.ndarray:
 
 def predicted_us(config: Kernel, shapes: np.ndarray, sm_count: int, cost: dict[str, float]) -> np.ndarray:
     linear = linear_of(cost)
-    return coefficients(config, shapes, sm_count, linear) @ linear + late_us(config, *shapes.T, sm_count)
+    return coefficients(config, shapes, sm_count, linear) @ linear + late(config, shapes, sm_count)
+
+
+def late(config: Kernel, shapes: np.ndarray, sm_count: int) -> Any:
+    return late_us(config, *shapes.T, sm_count, places(config, sm_count) * config.ctas_per_sm)
 
 
 def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -151,8 +156,8 @@ def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def fit(config: Kernel, shapes: np.ndarray, us: np.ndarray, weight: np.ndarray, sm_count: int) -> np.ndarray:
-    """The constants of least weighted relative error: linear least squares again and again, for the sides of the maxima
-    that the last constants took. An error beyond USUAL counts by its size and no more by its square: what the formula
+    """The constants of least weighted relative error: linear least squares again and again, by the slopes at the last
+    constants. An error beyond USUAL counts by its size and no more by its square: what the formula
     does not know of, such as the power limit, should not bend the rest."""
     own = linear_of({name: getattr(config, name) for name in CONSTANTS})
     # A constant that no time depends on stays the wheel's: to be off by all of itself costs as much as TIE of a time.
@@ -190,7 +195,7 @@ def by_shape(run: Run) -> list[list[Time]]:
     return [list(group.values()) for group in groups.values()]
 
 
-TELLING = 4  # how much more the time of a shape counts that people ask about
+TELLING = 8  # how much more the time of a shape counts that people ask about
 
 
 def fit_all(run: Run, telling: Collection[tuple[int, int, int]] = ()) -> dict[str, dict[str, Any]]:
@@ -208,9 +213,9 @@ def fit_all(run: Run, telling: Collection[tuple[int, int, int]] = ()) -> dict[st
         # Where a kernel may be chosen, its time matters most.
         weight = (np.array([best[id(t)] for t in times]) / us) ** 2
         weight *= [TELLING if (t.m, t.n, t.k) in telling else 1 for t in times]
-        late = late_us(config, *shapes.T, run.sm_count)
-        linear = fit(config, shapes, us - late, weight, run.sm_count)
-        off = (coefficients(config, shapes, run.sm_count, linear) @ linear + late) / us - 1
+        late_by = late(config, shapes, run.sm_count)
+        linear = fit(config, shapes, us - late_by, weight, run.sm_count)
+        off = (coefficients(config, shapes, run.sm_count, linear) @ linear + late_by) / us - 1
         values = [float(f"{value:.4g}") for value in linear[:-1]] + [round(1 / max(linear[-1], 1e-9))]
         found[symbol] = {
             "cost": dict(zip(CONSTANTS, values)),

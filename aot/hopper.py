@@ -94,7 +94,7 @@ def lbg_fused_ring(
         x.block_shape[0],
     )
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ring.full.index(stage), count=TILE_M // ring.X_BOX + 1)  # an arrival for each box
+        mbarrier.init(ring.full.index(stage), count=2)  # either loader
         mbarrier.init(ring.empty.index(stage), count=1)
     begin_in_earnest()
     # Four or eight warps multiply; of two more, one brings in x and one the weight.
@@ -175,23 +175,24 @@ def full_box(first, rows, BOX: gl.constexpr):
 def fill_ring(ring, slots, desc, first, rows, K, POLICY: gl.constexpr):
     """Brings one operand's rows from `first` on into its slots, K ascending, as they come free."""
     BOX: gl.constexpr = desc.block_shape[0]
+    BOXES: gl.constexpr = slots.shape[1] // BOX
     PART_K: gl.constexpr = desc.block_shape[1]
     PARTS: gl.constexpr = ring.TILE_K // PART_K
+    # A box past the last row stays as it is: what is multiplied with it is not stored.
+    boxes = gl.minimum(gl.cdiv(rows - first, BOX), BOXES)
     stage = 0
     phase = 1  # every slot is free in the first round
     for k in range(0, K, ring.TILE_K):
         full = ring.full.index(stage)
         mbarrier.wait(ring.empty.index(stage), phase)
-        for box in gl.static_range(slots.shape[1] // BOX):
-            # A box past the last row stays as it is: what is multiplied with it is not stored.
-            if first + box * BOX < rows:
-                mbarrier.expect(full, PARTS * desc.nbytes_per_cta)
+        for count in gl.static_range(1, BOXES + 1):
+            mbarrier.expect(full, count * PARTS * desc.nbytes_per_cta, pred=boxes == count)
+        for box in gl.static_range(BOXES):
+            if box < boxes:
                 row = full_box(first + box * BOX, rows, BOX)
                 for part in gl.static_range(PARTS):
                     slot = slots.index(stage * PARTS + part).slice(box * BOX, BOX)
                     tma.async_load(desc, [row, k + part * PART_K], full, slot, cache_policy=POLICY)
-            else:
-                mbarrier.arrive(full)
         stage, phase = ring.next(stage, phase)
 
 

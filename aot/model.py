@@ -198,8 +198,8 @@ def predicted_us(
         step_us = max(up(ctas, sms) * cost.step_us, cost.latency_us)
         busy += count * (cost.wave_us + steps * (step_us + boxes_us + ctas / sms * crowd_us))
     memory = dram_bytes(config, sms * at_once, m, n, k, l2_bytes) / (sm_count * cost.dram_bytes_per_us)
-    late = float(late_us(config, m, n, k, sm_count))
-    return cost.launch_us + max(busy, memory) + min(busy, memory) / 10 + late
+    late = float(late_us(config, m, n, k, sm_count, sms * at_once))
+    return float(cost.launch_us + (busy**4 + memory**4) ** 0.25 + late)
 
 
 def predict(config: Config, report: Report, chip: Chip, m: int, n: int, k: int) -> Prediction:

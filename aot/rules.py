@@ -169,15 +169,19 @@ def places(config: Launched, sm_count: int) -> int:
     return max(1, sm_count // config.cluster)
 
 
-LATE_US = 1.3  # csrc/lbg.h's kLateUs
+LATE_US, NO_ROOM_US = 1.3, 0.45  # csrc/lbg.h's kLateUs and kNoRoomUs
 
 
-def late_us(config: Launched, m: Any, n: Any, k: Any, sm_count: int) -> Any:
-    """What a launch takes that does not begin early, by csrc/lbg.h's early(); of numbers, or of arrays."""
-    if not config.tma or config.persistent or config.tile_m > 64:
+def late_us(config: Launched, m: Any, n: Any, k: Any, sm_count: int, at_once: int) -> Any:
+    """What a launch takes that does not begin early, by csrc/lbg.h's early(), or has no room to; of numbers, or of
+    arrays. `at_once` tiles are on the GPU together."""
+    if not config.tma:
         return 0.0
     tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
-    return LATE_US * ((m > 2 * config.tile_m) & (2 * tiles > sm_count) & (k > 1024))
+    us = NO_ROOM_US * (2 * tiles > at_once)
+    if not config.persistent and config.tile_m <= 64:
+        us += LATE_US * ((m > 2 * config.tile_m) & (2 * tiles > sm_count) & (k > 1024))
+    return us
 
 
 def boxes(config: Boxed, m: int) -> int:

@@ -1,6 +1,7 @@
 // Which kernel runs a problem: predicates first, then the lowest predicted time. Pure functions over the table.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -197,8 +198,11 @@ double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
   double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
   if (rest) busy += wave_us(ceil_div(rest, sms), static_cast<double>(rest) / static_cast<double>(sms));
   const double memory = dram_bytes(c, p, at_once, sm_count) / (sm_count * c.cost.dram_bytes_per_us);
-  const double late = c.tma && !early(c, p, sm_count) ? kLateUs : 0;
-  return c.cost.launch_us + std::max(busy, memory) + std::min(busy, memory) / 10 + late;
+  double late = 0;
+  if (c.tma && !early(c, p, sm_count)) late += kLateUs;
+  if (c.tma && 2 * std::min(count, at_once) > at_once) late += kNoRoomUs;
+  const auto squared = [](double value) { return value * value; };
+  return c.cost.launch_us + std::sqrt(std::sqrt(squared(squared(busy)) + squared(squared(memory)))) + late;
 }
 
 namespace {

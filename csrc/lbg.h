@@ -134,8 +134,9 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c)
 //   memory       = (x reads * bytes of x + weight reads * bytes of weight + bytes of the result)
 //                  / (sm_count * dram_bytes_per_us)
-//   predicted_us = launch_us + max(busy, memory) + min(busy, memory) / 10
-//                  + (kLateUs, if it loads through tensor maps and early() says no)
+//   predicted_us = launch_us + (busy^4 + memory^4)^(1/4)
+//                  + (if it loads through tensor maps: kLateUs, if early() says no; kNoRoomUs, if the tiles of two such
+//                     launches are not on the GPU at once)
 //
 // CTAs walk tiles in groups of 8 tile rows (of 4, if they are persistent and a row has up to 16 tiles; of all, if they
 // load through tensor maps and are not persistent), down a group's rows, then on to its next columns. x is read once if
@@ -144,7 +145,7 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //
 // From M = x_box on nothing is filled: the last box begins early enough to be full (aot/hopper.py's full_box).
 // A persistent kernel's CTAs take tiles in waves all the same, so one formula serves both. Memory and work overlap but
-// not wholly, and the tenth ranks kernels where memory bounds them all. A family's memory grows with its SMs (an
+// not wholly: where both take as long, they take 1.19 times that. It also ranks kernels where memory bounds them all. A family's memory grows with its SMs (an
 // RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of an SM's share.
 double predicted_us(const Config& config, const Problem& problem, int32_t sm_count);
 
@@ -156,6 +157,11 @@ constexpr int64_t kMostBoxes = 3;
 
 // What a launch takes that might have begun early: an estimate from an H100's times, which no command here makes again.
 constexpr double kLateUs = 1.3;
+
+// What an early launch takes more of whose CTAs none, or not all, find room beside those of one like it: they begin as
+// those end. Of 0.3, 0.45 and 0.6 the one by which choices among an H100's times of 400 shapes, half of them held out,
+// were best.
+constexpr double kNoRoomUs = 0.45;
 
 int64_t tiles(const Config& config, const Problem& problem);
 

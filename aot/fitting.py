@@ -67,7 +67,7 @@ CONSTANTS = (
 )  # fmt: skip
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
-FIRM_TIE = 0.5
+FIRM_TIE = 4.0
 USUAL = 0.1  # a relative error of the formula
 
 

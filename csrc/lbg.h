@@ -145,8 +145,9 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //
 // From M = x_box on nothing is filled: the last box begins early enough to be full (aot/hopper.py's full_box).
 // A persistent kernel's CTAs take tiles in waves all the same, so one formula serves both. Memory and work overlap but
-// not wholly: where both take as long, they take 1.19 times that. It also ranks kernels where memory bounds them all. A family's memory grows with its SMs (an
-// RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of an SM's share.
+// not wholly: where both take as long, they take 1.19 times that. It also ranks kernels where memory bounds them all. A
+// family's memory grows with its SMs (an RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of
+// an SM's share.
 double predicted_us(const Config& config, const Problem& problem, int32_t sm_count);
 
 // Where rows of x or weight start off 32 bytes, a kernel that takes a tile's x in more boxes than this is a last

@@ -97,10 +97,12 @@ def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple
         yield tile_of(row), "shipped"
     few = promise == "any_out"  # the last resort of an aligned call, and no other's: the main shapes are enough
     if arch == 90:
-        yield from ((tile, "ws") for tile in _persistent("ws", WS_FEW if few else WS_SHAPES, dtypes))
+        wide = dtypes[0] == "f32"
+        ws = WS_FEW if few else WS_SHAPES[:-1] if wide else WS_SHAPES
+        yield from ((tile, "ws") for tile in _persistent("ws", ws, dtypes))
         pairs = PAIR_FEW if few else PAIR_SHAPES
         yield from ((tile, "ws, two CTAs a tile") for tile in _persistent("ws", pairs, dtypes, 2))
-        pingpong = PINGPONG_FEW if few or dtypes[0] != "f32" else PINGPONG_SHAPES
+        pingpong = PINGPONG_SHAPES if wide and not few else PINGPONG_FEW
         yield from ((tile, "ping-pong") for tile in _persistent("pingpong", pingpong, dtypes))
         yield from ((tile, "ring") for tile in _ring(dtypes, few))
     else:
@@ -165,12 +167,14 @@ RING_SHAPES = {
     (128, 64, 64): (128,), (128, 128, 64): (64, 128), (128, 256, 64): (128,),
 }  # fmt: skip
 RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 128, 64), (128, 128, 64))
+# The last of a 16-bit x alone, and the last of PINGPONG_SHAPES of a float32 one: else, on an H100, 5 % or more behind
+# the best at every shape.
 WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 64, 64), (256, 128, 64), (256, 64, 64))
 WS_FEW = WS_SHAPES[:2]
 PAIR_SHAPES = ((256, 256, 64), (256, 128, 64))  # of two CTAs
 PAIR_FEW = PAIR_SHAPES[:1]
 PINGPONG_SHAPES = ((128, 128, 64), (64, 256, 64))
-PINGPONG_FEW = PINGPONG_SHAPES[:1]  # and of a 16-bit x: on an H100 the second was 5 % behind, or more, everywhere
+PINGPONG_FEW = PINGPONG_SHAPES[:1]
 WS_BUFFER_BYTES = 8192  # of a part of a consumer's result, on its way out: it has OUT_BUFFERS
 OUT_BUFFERS = 2  # aot/hopper.py's
 

@@ -390,7 +390,7 @@ def test_candidates_keep_the_rules_and_every_exclusion_has_a_reason() -> None:
             for promise in evidence.PROMISES:
                 found = list(candidates.candidates(arch, kind, promise))
                 some = [each.config for each in found if isinstance(each, Candidate)]
-                assert len({config.symbol for config in some}) == len(some) <= 32
+                assert len({config.symbol for config in some}) == len(some) <= 33
                 assert all(not candidates.why_not(config) for config in some)
                 assert {configs.tile_of(row) for row in ROWS[arch][kind][promise]} <= {
                     candidates.tile_from(c) for c in some

@@ -10,7 +10,8 @@ import lbg
 from tests import cases
 from tests.test_gpu import SHIPPED, call, of_config
 
-RACE = re.compile(r"between Write access at (lbg_\w+)\+0x([0-9a-f]+)\s*=*\s*and Read access at \1\+0x([0-9a-f]+)")
+ACCESS = r"(Read|Write) access at (lbg_\w+)\+0x([0-9a-f]+)"
+RACE = re.compile(rf"Race reported between {ACCESS}(?:[^\n]*\n=+ +and {ACCESS})+")
 SUMMARY = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, \d+ warnings?\)")
 
 
@@ -18,19 +19,24 @@ def races(output: str, with_roles: set[str]) -> list[str]:
     """What racecheck reports, but for its one mistake about the kernels of these symbols.
 
     The warps of a kernel of aot/hopper.py read what they are to do from a byte of shared memory. Those that multiply
-    write there, as they end, that all is done: behind one barrier of the whole CTA and before another, which the other
-    warps wait at elsewhere in the program before they read. racecheck does not pair the two. That write is the last
-    thing in its program and that read the first in the others', the next in the binary.
+    write there, as they end, that all is done, and in a cluster before that, that all are to wait for the other CTA:
+    behind one barrier of the whole CTA and before another, which the other warps wait at elsewhere in the program before
+    they read. racecheck does not pair the two. Those writes are the last in their program and that read the first in the
+    others', the next in the binary.
     """
     if not (summary := SUMMARY.search(output)):
         return ["no summary"]
-    found = [(kernel, int(write, 16), int(read, 16)) for kernel, write, read in RACE.findall(output)]
-    mistaken: dict[str, tuple[str, int, int]] = {}  # one a kernel
-    for kernel, write, read in found:
-        if kernel in with_roles and 0 < read - write <= 0x100:
-            mistaken.setdefault(kernel, (kernel, write, read))
-    left = [f"{kernel}: write at {write:#x}, read at {read:#x}" for kernel, write, read in found
-            if mistaken.get(kernel) != (kernel, write, read)]  # fmt: skip
+    found = [re.findall(ACCESS, report[0]) for report in RACE.finditer(output)]
+    left, mistaken = [], set()  # one a kernel
+    for accesses in found:
+        kernels = {kernel for _, kernel, _ in accesses}
+        writes, reads = ([int(at, 16) for what, _, at in accesses if what == kind] for kind in ("Write", "Read"))
+        behind = {0 < read - write <= (0x100 if len(writes) == 1 else 0x200) for read in reads for write in writes}
+        if len(kernels) == len(reads) == 1 and len(writes) <= 2 and behind == {True} and kernels <= with_roles - mistaken:
+            mistaken |= kernels
+        else:
+            told = ", ".join(f"{what.lower()} at {int(at, 16):#x}" for what, _, at in accesses)
+            left.append(f"{', '.join(sorted(kernels))}: {told}")
     others = int(summary[1]) - len(found)
     return left + [f"{others} of another kind"] * (others != 0)
 

@@ -20,6 +20,25 @@ def report(*pairs: tuple[str, int, int], errors: int | None = None) -> str:
     return "".join(lines) + f"========= RACECHECK SUMMARY: {count} hazards displayed ({count} errors, 0 warnings)\n"
 
 
+def of_cluster(read: int, *writes: int) -> str:
+    """A report of more than two accesses begins with the read."""
+    return (
+        f"========= Error: Race reported between Read access at {ROLE}+{read:#x}\n"
+        + "".join(f"=========     and Write access at {ROLE}+{write:#x} [9 hazards]\n" for write in writes)
+        + "========= \n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    )
+
+
+def test_nothing_is_left_of_a_clusters_two_writes() -> None:
+    assert races(of_cluster(0x51F0, 0x5080, 0x5130), {ROLE}) == []
+
+
+@pytest.mark.parametrize("accesses", [(0x51F0, 0x4080, 0x5130), (0x51F0, 0x5080, 0x5100, 0x5130), (0x5080, 0x51F0)])
+def test_other_writes_are_left(accesses: tuple[int, ...]) -> None:
+    told = ", ".join(f"write at {write:#x}" for write in accesses[1:])
+    assert races(of_cluster(*accesses), {ROLE}) == [f"{ROLE}: read at {accesses[0]:#x}, {told}"]
+
+
 @pytest.mark.parametrize("pairs", [(), ((ROLE, 0x24D0, 0x2580),)], ids=["nothing", "the mistake"])
 def test_nothing_is_left(pairs: tuple[tuple[str, int, int], ...]) -> None:
     assert races(report(*pairs), {ROLE}) == []

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Assumptions, each a property of hardware and none of a kernel. Those said to be fitted were fitted on an H200 with the
 # verification build, on half of the shapes; for Ada they are carried over.
 OVERLAP = 2.0  # fitted: units busy for a and b take (a^p + b^p)^(1/p); 1 is one after another, infinity at once
-OVERLAP_PROMOTING = 1.25  # fitted: of fp16_accumulate, whose warps wait for a chunk's sum before they add it
+OVERLAP_PROMOTING = 1.5  # fitted: of fp16_accumulate, a part of whose work waits for a chunk's sum
 OVERLAP_ALONE = 1.75  # fitted: the same of a CTA alone on its SM, whose warps wait for one barrier
 SYNC_US = 0.1  # fitted: that barrier and the first loads behind it
 SECTOR_WASTE = 8  # masked single elements move about an eighth of what 16-byte copies do
@@ -217,8 +217,7 @@ def predict(config: Config, report: Report, chip: Chip, m: int, n: int, k: int) 
         "issue slots": each * took.issue_us,
         "shared memory": each * took.shared_us,
         "L2": each * took.l2_us,
-        "DRAM": dram_bytes(config, sms * at_once, m, n, k, chip.l2_holds)
-        / (made.dram_bytes_per_us * chip.sm_count),
+        "DRAM": dram_bytes(config, sms * at_once, m, n, k, chip.l2_holds) / (made.dram_bytes_per_us * chip.sm_count),
         "load latency": count * steps * chip.dram_latency_us / max(1, config.stages - 1),
         "waves and tail": count * made.wave_us + (fullest - each) * made.step_us,
         "launch": made.launch_us,

@@ -163,7 +163,6 @@ GROUP_M = 8
 FEW_COLUMNS, FEW_COLUMNS_GROUP_M = 16, 4  # of a persistent kernel's tiles: up to so many, groups of so many rows
 
 
-
 def places(config: Launched, sm_count: int) -> int:
     """SMs, or clusters of them, that have a tile of their own."""
     return max(1, sm_count // config.cluster)

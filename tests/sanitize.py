@@ -20,9 +20,9 @@ def races(output: str, with_roles: set[str]) -> list[str]:
 
     The warps of a kernel of aot/hopper.py read what they are to do from a byte of shared memory. Those that multiply
     write there, as they end, that all is done, and in a cluster before that, that all are to wait for the other CTA:
-    behind one barrier of the whole CTA and before another, which the other warps wait at elsewhere in the program before
-    they read. racecheck does not pair the two. Those writes are the last in their program and that read the first in the
-    others', the next in the binary.
+    behind one barrier of the whole CTA and before another, which the other warps wait at elsewhere in the program
+    before they read. racecheck does not pair the two. Those writes are the last in their program and that read the
+    first in the others', the next in the binary.
     """
     if not (summary := SUMMARY.search(output)):
         return ["no summary"]
@@ -31,8 +31,9 @@ def races(output: str, with_roles: set[str]) -> list[str]:
     for accesses in found:
         kernels = {kernel for _, kernel, _ in accesses}
         writes, reads = ([int(at, 16) for what, _, at in accesses if what == kind] for kind in ("Write", "Read"))
-        behind = {0 < read - write <= (0x100 if len(writes) == 1 else 0x200) for read in reads for write in writes}
-        if len(kernels) == len(reads) == 1 and len(writes) <= 2 and behind == {True} and kernels <= with_roles - mistaken:
+        reach = {1: 0x100, 2: 0x200}.get(len(writes), 0)
+        of_role = len(kernels) == len(reads) == 1 and all(0 < reads[0] - write <= reach for write in writes)
+        if of_role and kernels <= with_roles - mistaken:
             mistaken |= kernels
         else:
             told = ", ".join(f"{what.lower()} at {int(at, 16):#x}" for what, _, at in accesses)

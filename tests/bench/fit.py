@@ -92,8 +92,8 @@ class Run:
             kernels = {symbol: lbg.Config(**row) for symbol, row in data["kernels"].items()}
         except TypeError as error:
             version = data["facts"].get("lbg", "unknown")
-            raise BuildError(f"{path}: times of lbg {version}, whose kernels have other constants ({error}); measure anew"
-                             ) from None  # fmt: skip
+            told = f"{path}: times of lbg {version}, whose kernels have other constants ({error}); measure anew"
+            raise BuildError(told) from None
         return Run(data["facts"], data["sm_count"], kernels, [Time(**row) for row in data["times"]])
 
 
@@ -219,7 +219,7 @@ def time_kernels(
                     raise KernelError(symbol, str(lasting)) from error
                 wrong[symbol] = str(error)
                 continue
-            # The shortest of three: a host that is late would have a good kernel left out, and now and then it is twice.
+            # The shortest of three: a late host would have a good kernel left out, and now and then it is late twice.
             medians[symbol] = min(timed_us(lambda: call(case, arguments[0], out), bench.evict) for _ in range(3))
     if not medians:
         return {}, wrong

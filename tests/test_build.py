@@ -30,6 +30,7 @@ SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
 HOPPER = replace(SMALL, arch=90, tile_m=64)
 WS = Config(90, "f16", "f16", "f16", False, True, 128, 128, 64, 12, 2, 2, kernel="ws")
+PAIR = replace(WS, tile_m=256, cluster=2)
 PINGPONG = replace(WS, kernel="pingpong", epilogue_parts=4)
 RING = Config(90, "f16", "f16", "f16", False, True, 64, 64, 64, 8, 3, kernel="ring", x_box=16)
 
@@ -135,13 +136,26 @@ def test_a_hopper_kernel_that_stores_more_than_once(
 def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
     # ws: two consumers, each with a loop and a step beside it; pingpong the same of twice the rows; ring has a step
     # beside the loop of a float32 x alone
-    wanted = {WS: 16, PINGPONG: 32, RING: 8 if "x" in change else 4}
+    wanted = {WS: 16, PAIR: 16, PINGPONG: 32, RING: 8 if "x" in change else 4}
     if "out_aligned" in change:
         del wanted[PINGPONG]  # spills: no tile that stores to any address is one
     for config, mma in wanted.items():
         report = compile.build(replace(config, **change), 90, tmp_path / "cubin").report
         assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
         assert report.mma == mma, report
+
+
+def test_a_clusters_ctas_share_the_weights_load_and_end_together() -> None:
+    compiled = compile.to_ptx(PAIR)
+    assert compiled.boxes == {"x": (64, 64, 3), "weight": (128, 64, 3), "out": (64, 64, 3)}  # of a CTA
+    loads = re.findall(r"cp\.async\.bulk\.tensor\S+\.global\.mbarrier\S*", compiled.ptx)
+    assert len(loads) == 3 and sum("multicast" in load for load in loads) == 1, loads
+    # An arrival at the barrier of a CTA that has ended would be an error.
+    ended = re.findall(r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;", compiled.ptx)
+    assert len(ended) == 2 and ".reqnctapercluster 2" in compiled.ptx, (
+        ended
+    )  # of the warps that multiply, of the others
+    assert "cluster" not in compile.to_ptx(WS).ptx.replace("shared::cluster", "")
 
 
 def test_a_config_that_miscounts_its_warps() -> None:

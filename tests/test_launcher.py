@@ -566,6 +566,13 @@ def test_dispatch_takes_what_was_measured_best(m: int) -> None:
     assert chosen and chosen.symbol.removeprefix("lbg_fused_f16_f16_") in MEASURED_BEST[m], chosen
 
 
+def test_clusters_are_for_rows_off_32_bytes() -> None:
+    for mode in MODES[:2]:
+        for m in (1024, 4096, 16384):
+            shared = [chosen_for(m, 4096, k, 90, 132, mode).chosen for k in (4088, 4096)]
+            assert [config and config.cluster for config in shared] == [2, 1], shared
+
+
 def test_boxes_of_few_rows_are_for_few_rows() -> None:
     for m, x_box in ((1, 16), (8, 16), (16, 16), (64, 64)):
         chosen = chosen_for(m, 4096, 4096, 90, 132, MODES[0]).chosen

@@ -465,6 +465,21 @@ def test_a_fit_takes_from_a_journal_what_it_has_no_times_of(tmp_path: Path) -> N
         replace(run, facts={"gpu": "H200"}).with_journal(path)
 
 
+def test_times_of_other_constants_are_told_apart(tmp_path: Path) -> None:
+    config = next(config for config in CONFIGS if config.arch == 90)
+    now = kernel(config)
+    before = {name: value for name, value in now.items() if name != "cluster"}
+    path = tmp_path / "times.json"
+    for row in (now, before):
+        made = {"facts": {"lbg": "0.0.9"}, "sm_count": 132, "kernels": {config.symbol: row}, "times": []}
+        path.write_text(json.dumps(made))
+        if row is now:
+            assert fit.Run.load(path).kernels == {config.symbol: fit.lbg.Config(**now)}
+        else:
+            with pytest.raises(BuildError, match=r"times of lbg 0\.0\.9, whose kernels have other constants .*cluster"):
+                fit.Run.load(path)
+
+
 def test_a_bfloat16_kernel_is_judged_by_its_float16_twins_constants() -> None:
     config = next(config for config in CONFIGS if config.arch == 90 and config.aligned and config.x == "f16")
     twin = replace(config, x="bf16", weight="bf16", out="bf16" if config.out == "f16" else "f32")

@@ -249,7 +249,7 @@ def shipped_here() -> dict[str, lbg.Config]:
     return kernels
 
 
-def measure_all(kernels: dict[str, lbg.Config], wanted: list[Case]) -> Run:
+def measure_all(kernels: dict[str, lbg.Config], wanted: list[Case], commit: str | None = None) -> Run:
     bench, order, times = Bench(), random.Random(0), []
     for index, case in enumerate(wanted):
         times += measure(bench, case, order)
@@ -257,7 +257,7 @@ def measure_all(kernels: dict[str, lbg.Config], wanted: list[Case]) -> Run:
             print(f"\r{index + 1} of {len(wanted)} shapes", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     sm_count = torch.cuda.get_device_properties(0).multi_processor_count
-    return Run(facts(), sm_count, kernels, times)
+    return Run(facts(commit), sm_count, kernels, times)
 
 
 Class = tuple[torch.dtype, torch.dtype, torch.dtype, bool]
@@ -355,6 +355,7 @@ def main() -> None:
     parser.add_argument("--costs", type=Path, help="choose by these constants instead of the wheel's")
     parser.add_argument("--count", type=int, help="random shapes: 200 of each class to fit, or 200 in all to validate")
     parser.add_argument("--json", type=Path, help="where to write how far the choices are from the best")
+    parser.add_argument("--commit", help="of the wheel, where the folder is no git checkout, or another's")
     arguments = parser.parse_args()
     if arguments.source:
         run = Run.load(arguments.source).of_shipped()
@@ -362,7 +363,7 @@ def main() -> None:
         kernels = shipped_here()
         draw = fit_cases if arguments.fit else validation_cases
         with torch.inference_mode():
-            run = measure_all(kernels, draw(own_classes(kernels), arguments.count or 200))
+            run = measure_all(kernels, draw(own_classes(kernels), arguments.count or 200), arguments.commit)
     if arguments.times:
         run.save(arguments.times)
     if arguments.journal:

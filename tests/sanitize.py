@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -15,14 +16,14 @@ RACE = re.compile(rf"Race reported between {ACCESS}(?:[^\n]*\n=+ +and {ACCESS})+
 SUMMARY = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, \d+ warnings?\)")
 
 
-def races(output: str, with_roles: set[str]) -> list[str]:
+def races(output: str, role_writes: Mapping[str, int]) -> list[str]:
     """What racecheck reports, but for its one mistake about the kernels of these symbols.
 
     The warps of a kernel of aot/hopper.py read what they are to do from a byte of shared memory. Those that multiply
     write there, as they end, that all is done, and in a cluster before that, that all are to wait for the other CTA:
     behind one barrier of the whole CTA and before another, which the other warps wait at elsewhere in the program
     before they read. racecheck does not pair the two. Those writes are the last in their program and that read the
-    first in the others', the next in the binary.
+    first in the others', the next in the binary. `role_writes` says how many writes there are.
     """
     if not (summary := SUMMARY.search(output)):
         return ["no summary"]
@@ -31,9 +32,9 @@ def races(output: str, with_roles: set[str]) -> list[str]:
     for accesses in found:
         kernels = {kernel for _, kernel, _ in accesses}
         writes, reads = ([int(at, 16) for what, _, at in accesses if what == kind] for kind in ("Write", "Read"))
-        reach = {1: 0x100, 2: 0x200}.get(len(writes), 0)
-        of_role = len(kernels) == len(reads) == 1 and all(0 < reads[0] - write <= reach for write in writes)
-        if of_role and kernels <= with_roles - mistaken:
+        most = min(0 if kernel in mistaken else role_writes.get(kernel, 0) for kernel in kernels)
+        alike = len(kernels) == len(reads) == 1 and len(writes) <= most
+        if alike and all(0 < reads[0] - write <= 0x100 * len(writes) for write in writes):
             mistaken |= kernels
         else:
             told = ", ".join(f"{what.lower()} at {int(at, 16):#x}" for what, _, at in accesses)

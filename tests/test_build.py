@@ -152,9 +152,8 @@ def test_a_clusters_ctas_share_the_weights_load_and_end_together() -> None:
     assert len(loads) == 3 and sum("multicast" in load for load in loads) == 1, loads
     # An arrival at the barrier of a CTA that has ended would be an error.
     ended = re.findall(r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;", compiled.ptx)
-    assert len(ended) == 2 and ".reqnctapercluster 2" in compiled.ptx, (
-        ended
-    )  # of the warps that multiply, of the others
+    assert len(ended) == 2, ended  # of the warps that multiply, of the others
+    assert ".reqnctapercluster 2" in compiled.ptx
     assert "cluster" not in compile.to_ptx(WS).ptx.replace("shared::cluster", "")
 
 

@@ -18,19 +18,21 @@ FP16_CHUNK = gl.constexpr(kernels.FP16_CHUNK)
 
 
 @gluon.constexpr_function
-def copy_layout(columns, warps):
-    """Who copies what of a [rows, columns] tile: 8 elements at a time, a row by neighbours in a warp."""
-    lanes = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
+def copy_layout(columns, dtype, warps):
+    """Who copies what of a [rows, columns] tile: 16 bytes at a time, a row by neighbours in a warp."""
+    elements = 128 // dtype.primitive_bitwidth
+    lanes = min(columns // elements, 32)
+    return gl.BlockedLayout([1, elements], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def shared_layout(columns):
-    """A [rows, columns] tile of 16-bit elements. Its 16-byte pieces are swizzled so that the same piece of 8 rows,
-    which is what ldmatrix reads at once, lies in 8 different groups of banks."""
+def shared_layout(columns, dtype):
+    """A [rows, columns] tile whose pieces of 8 elements are swizzled so that those read at once lie in different banks:
+    the same 16 bytes of 8 rows, by ldmatrix, or the same 32 bytes of 4 rows, by half of a warp that loads float32."""
     pieces = columns // 8
-    rows_per_phase = max(1, 8 // pieces)
-    return gl.SwizzledSharedLayout(8, rows_per_phase, min(8 // rows_per_phase, pieces), [1, 0])
+    rows = 128 // dtype.primitive_bitwidth
+    rows_per_phase = max(1, rows // pieces)
+    return gl.SwizzledSharedLayout(8, rows_per_phase, min(rows // rows_per_phase, pieces), [1, 0])
 
 
 @gluon.constexpr_function
@@ -69,7 +71,7 @@ def lbg_fused_async(
     WARPS_M: gl.constexpr,
     WARPS_N: gl.constexpr,
     STAGES: gl.constexpr,
-    UNROLL: gl.constexpr,  # steps a loop pass: a multiple of STAGES, and of 2 for a float32 x
+    UNROLL: gl.constexpr,  # steps a loop pass: a multiple of STAGES, and whole chunks of fp16_accumulate
     UNIT_K: gl.constexpr,  # how deep the operands are that a warp holds in registers, twice
     PAIRS: gl.constexpr,  # weight_row's
     GROUP_M: gl.constexpr,
@@ -80,36 +82,33 @@ def lbg_fused_async(
 ):
     WARPS: gl.constexpr = WARPS_M * WARPS_N
     AHEAD: gl.constexpr = STAGES - 1
-    X32: gl.constexpr = x_ptr.dtype.element_ty == gl.float32
-    X_STAGES: gl.constexpr = 2 if X32 else STAGES
+    x_dtype: gl.constexpr = x_ptr.dtype.element_ty
     dtype: gl.constexpr = weight_ptr.dtype.element_ty
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS_M, WARPS_N], [16, 8])
-    copies: gl.constexpr = copy_layout(TILE_K, WARPS)
+    x_copies: gl.constexpr = copy_layout(TILE_K, x_dtype, WARPS)
+    w_copies: gl.constexpr = copy_layout(TILE_K, dtype, WARPS)
 
     tile_m, tile_n = tile_position(gl.program_id(0), gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N), GROUP_M)
-    offs_k = gl.arange(0, TILE_K, gl.SliceLayout(0, copies))[None, :]
-    rows_x = tile_m * TILE_M + gl.arange(0, TILE_M, gl.SliceLayout(1, copies))
-    rows_w = tile_n * TILE_N + weight_row(gl.arange(0, TILE_N, gl.SliceLayout(1, copies)), WARPS_N, PAIRS)
+    x_offs_k = gl.arange(0, TILE_K, gl.SliceLayout(0, x_copies))[None, :]
+    w_offs_k = gl.arange(0, TILE_K, gl.SliceLayout(0, w_copies))[None, :]
+    rows_x = tile_m * TILE_M + gl.arange(0, TILE_M, gl.SliceLayout(1, x_copies))
+    rows_w = tile_n * TILE_N + weight_row(gl.arange(0, TILE_N, gl.SliceLayout(1, w_copies)), WARPS_N, PAIRS)
     # Rows past the edge read the first rows again, and what they compute is not stored. Not one row: L2 would be asked
     # for the same bytes by all of them. Few rows are masked besides.
-    x_ptrs = x_ptr + ((rows_x % M).to(gl.int64)[:, None] * stride_xm + offs_k)
-    w_ptrs = weight_ptr + ((rows_w % N).to(gl.int64)[:, None] * stride_wn + offs_k)
+    x_ptrs = x_ptr + ((rows_x % M).to(gl.int64)[:, None] * stride_xm + x_offs_k)
+    w_ptrs = weight_ptr + ((rows_w % N).to(gl.int64)[:, None] * stride_wn + w_offs_k)
     x_end = K
     if TILE_M <= 64:
         x_end = (rows_x < M).to(gl.int32)[:, None] * K
 
-    x_ring = gl.allocate_shared_memory(dtype, [X_STAGES, TILE_M, TILE_K], shared_layout(TILE_K))
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_N, TILE_K], shared_layout(TILE_K))
+    x_ring = gl.allocate_shared_memory(x_dtype, [STAGES, TILE_M, TILE_K], shared_layout(TILE_K, x_dtype))
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_N, TILE_K], shared_layout(TILE_K, dtype))
     acc = gl.zeros((TILE_M, TILE_N), gl.float32, mma)
     chunk = gl.zeros((TILE_M, TILE_N), gl.float16, mma)  # of fp16_accumulate: the last, not in acc yet
 
     for stage in gl.static_range(AHEAD):
-        copy_step(x_ring, w_ring, stage, x_ptrs, w_ptrs, offs_k, stage * TILE_K, x_end, K, X32)
-    x_next = 0
-    if X32:
-        # float32 rows pass through registers, one step ahead, and are rounded on their way to shared memory.
-        x_ring.index(0).store(gl.load(x_ptrs, mask=offs_k < x_end, other=0.0).to(dtype))
-        x_next = gl.load(x_ptrs + TILE_K, mask=offs_k + TILE_K < x_end, other=0.0)
+        k = stage * TILE_K
+        copy_step(x_ring, w_ring, stage, x_ptrs + k, w_ptrs + k, x_offs_k < x_end - k, w_offs_k < K - k)
 
     for first_k in range(0, K, UNROLL * TILE_K):
         x_now = x_ptrs + first_k
@@ -118,23 +117,19 @@ def lbg_fused_async(
         x_left = x_end - first_k
         for step in gl.static_range(UNROLL):
             async_copy.wait_group(STAGES - 2)
-            x_tile = x_ring.index(step % X_STAGES)
+            x_tile = x_ring.index(step % STAGES)
             w_tile = w_ring.index(step % STAGES)
             k = (step + AHEAD) * TILE_K
             slot = (step + AHEAD) % STAGES
             if FP16_ACCUMULATE:
-                copy_step(x_ring, w_ring, slot, x_now, w_now, offs_k, k, x_left, left, X32)
-                acc, chunk = add_chunks(x_tile, w_tile, acc, chunk, TILE_K, mma)
+                copy_step(x_ring, w_ring, slot, x_now + k, w_now + k, x_offs_k + k < x_left, w_offs_k + k < left)
+                acc, chunk = add_chunks(x_tile, w_tile, acc, chunk, step * TILE_K % FP16_CHUNK, TILE_K, mma)
             else:
                 # The first loads go before the copies, which take longer to issue and whose results are not awaited.
-                x = x_operand(x_tile, 0, UNIT_K, mma)
+                x = x_operand(x_tile, dtype, 0, UNIT_K, mma)
                 w = w_operand(w_tile, 0, UNIT_K, mma)
-                copy_step(x_ring, w_ring, slot, x_now, w_now, offs_k, k, x_left, left, X32)
+                copy_step(x_ring, w_ring, slot, x_now + k, w_now + k, x_offs_k + k < x_left, w_offs_k + k < left)
                 acc = add_products(x_tile, w_tile, acc, x, w, TILE_K, UNIT_K, mma)
-            if X32:
-                x_ring.index((step + 1) % 2).store(x_next.to(dtype))
-                k = (step + 2) * TILE_K
-                x_next = gl.load(x_now + k, mask=offs_k + k < x_left, other=0.0)
     async_copy.wait_group(0)
     if FP16_ACCUMULATE:
         acc += chunk.to(gl.float32)
@@ -148,17 +143,17 @@ def lbg_fused_async(
 
 
 @gluon.jit
-def copy_step(x_ring, w_ring, stage, x_ptrs, w_ptrs, offs_k, k, x_end, w_end, X32: gl.constexpr):
-    """Begins to copy one step's operands into a stage of their rings; a float32 x goes another way."""
-    if not X32:
-        async_copy.async_load(x_ring.index(stage), x_ptrs + k, mask=offs_k + k < x_end)
-    async_copy.async_load(w_ring.index(stage), w_ptrs + k, mask=offs_k + k < w_end)
+def copy_step(x_ring, w_ring, stage, x_ptrs, w_ptrs, x_mask, w_mask):
+    """Begins to copy one step's operands into a stage of their rings."""
+    async_copy.async_load(x_ring.index(stage), x_ptrs, mask=x_mask)
+    async_copy.async_load(w_ring.index(stage), w_ptrs, mask=w_mask)
     async_copy.commit_group()
 
 
 @gluon.jit
-def x_operand(x_tile, k: gl.constexpr, DEPTH: gl.constexpr, mma: gl.constexpr):
-    return x_tile.slice(k, DEPTH, 1).load(gl.DotOperandLayout(0, mma, 2))
+def x_operand(x_tile, dtype: gl.constexpr, k: gl.constexpr, DEPTH: gl.constexpr, mma: gl.constexpr):
+    """Of a float32 x, rounded on its way from shared memory to the matrix instruction."""
+    return x_tile.slice(k, DEPTH, 1).load(gl.DotOperandLayout(0, mma, 2)).to(dtype)
 
 
 @gluon.jit
@@ -170,7 +165,7 @@ def w_operand(w_tile, k: gl.constexpr, DEPTH: gl.constexpr, mma: gl.constexpr):
 def add_products(x_tile, w_tile, acc, x, w, TILE_K: gl.constexpr, UNIT_K: gl.constexpr, mma: gl.constexpr):
     """acc + x_tile @ w_tile.T; x and w are its first operands. A unit's are loaded while the one before multiplies."""
     for k in gl.static_range(UNIT_K, TILE_K, UNIT_K):
-        next_x = x_operand(x_tile, k, UNIT_K, mma)
+        next_x = x_operand(x_tile, w_tile.dtype, k, UNIT_K, mma)
         next_w = w_operand(w_tile, k, UNIT_K, mma)
         acc = mma_v2(x, w, acc)
         x = next_x
@@ -179,16 +174,20 @@ def add_products(x_tile, w_tile, acc, x, w, TILE_K: gl.constexpr, UNIT_K: gl.con
 
 
 @gluon.jit
-def add_chunks(x_tile, w_tile, acc, last, TILE_K: gl.constexpr, mma: gl.constexpr):
-    """add_products() with sums of FP16_CHUNK products in float16: (acc without the last of them, that one). Each is
-    added while the next one's products are under way."""
-    for first_k in gl.static_range(0, TILE_K, FP16_CHUNK):
-        chunk = gl.zeros(acc.shape, gl.float16, mma)
-        for k in gl.static_range(first_k, first_k + FP16_CHUNK, 16):
-            chunk = mma_v2(x_operand(x_tile, k, 16, mma), w_operand(w_tile, k, 16, mma), chunk)
-        acc += last.to(gl.float32)
+def add_chunks(x_tile, w_tile, acc, chunk, begun: gl.constexpr, TILE_K: gl.constexpr, mma: gl.constexpr):
+    """add_products() with sums of FP16_CHUNK products in float16: (acc without the last of them, that one), of which
+    `begun` products were summed before. Each is added to acc while the next one's products are under way."""
+    DEPTH: gl.constexpr = min(TILE_K, FP16_CHUNK)
+    for first_k in gl.static_range(0, TILE_K, DEPTH):
         last = chunk
-    return acc, last
+        if begun == 0:
+            chunk = gl.zeros(acc.shape, gl.float16, mma)
+        for k in gl.static_range(first_k, first_k + DEPTH, 16):
+            x = x_operand(x_tile, w_tile.dtype, k, 16, mma)
+            chunk = mma_v2(x, w_operand(w_tile, k, 16, mma), chunk)
+        if begun == 0:
+            acc += last.to(gl.float32)
+    return acc, chunk
 
 
 @gluon.jit

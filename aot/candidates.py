@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 
 from aot import BuildError, rules
 from aot.chips import LIMITS
-from aot.configs import ELEMENT_BYTES, GENERIC, ROWS, Config, Tile, classes, config_of, kind_of, tile_of
+from aot.configs import ELEMENT_BYTES, FP16_CHUNK, GENERIC, ROWS, Config, Tile, classes, config_of, kind_of, tile_of
 
 DTypes = tuple[str, str, str, bool]  # (x, weight, result, fp16_accumulate)
 INPUTS = 4  # distinct: x, weight, scale, shift
@@ -20,7 +20,6 @@ MOST_ACCUMULATORS = 128  # of them: the rest holds operands, addresses and the e
 SYSTEM_SHARED_BYTES = 1024  # of a block, which it does not see
 BARRIER_BYTES = 256  # at most, of a ring's mbarriers and of the roles of its warps
 MOST_STAGES = 8  # beyond, nothing was ever gained
-FP16_CHUNK = 64  # aot/kernels.py's, which a tile kernel's K step must be
 
 
 @dataclass(frozen=True)
@@ -114,42 +113,53 @@ def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple
 
 # (tile_m, tile_n): K steps. Few rows wait for the weight: a deep step has more of it on its way.
 ASYNC_SHAPES = {
-    (256, 128): (32,), (128, 256): (32, 64), (128, 128): (32, 64), (128, 64): (32, 64), (64, 128): (64,),
+    (256, 128): (32,), (128, 256): (32,), (128, 128): (32, 64), (128, 64): (32, 64), (64, 128): (64,),
     (64, 64): (64, 128), (64, 32): (64, 128), (32, 64): (64, 128), (32, 32): (128,), (16, 128): (64,),
     (16, 64): (64, 128), (16, 32): (128, 256),
+}  # fmt: skip
+# Of a float32 x, which takes twice the room.
+ASYNC_WIDE_SHAPES = {
+    (128, 256): (32,), (128, 128): (32,), (128, 64): (32,), (64, 128): (32,), (64, 64): (32, 64), (64, 32): (32, 64),
+    (32, 64): (64,), (32, 32): (64, 128), (16, 128): (64,), (16, 64): (64, 128), (16, 32): (128, 256),
 }  # fmt: skip
 ASYNC_FEW = ((128, 128), (128, 64), (64, 64), (64, 32))
 
 
 def _async(arch: int, dtypes: DTypes, few: bool) -> Iterator[Tile]:
-    """4 warps with two CTAs an SM where that leaves two stages or more, and 8 warps with one for the large tiles."""
-    x, _, out, fp16_accumulate = dtypes
-    for (m, n), steps in ASYNC_SHAPES.items():
+    """4 warps with two CTAs an SM where that leaves three stages, and 8 warps with one for the large tiles."""
+    x, _, _, fp16_accumulate = dtypes
+    wide = x == "f32"
+    for (m, n), steps in (ASYNC_WIDE_SHAPES if wide else ASYNC_SHAPES).items():
         if few and (m, n) not in ASYNC_FEW:
             continue
-        for k in sorted({max(k, FP16_CHUNK) for k in steps} if fp16_accumulate else set(steps)):
+        # A chunk of fp16_accumulate over more than one step was slower, but where a float32 x has no room for one.
+        for k in sorted({max(k, FP16_CHUNK) for k in steps} if fp16_accumulate and not wide else set(steps)):
             for warps in (4, 8) if m * n == 128 * 128 else (8,) if m * n > 128 * 128 else (4,):
                 for ctas in (2, 1) if warps == 4 else (1,):
                     stages = min(MOST_STAGES, _async_stages(arch, x, m, n, k, ctas))
-                    if stages >= 3 or ctas == 1:  # two of two CTAs hide less than more of one
-                        yield _async_tile(m, n, k, warps, stages, ELEMENT_BYTES[out] if few else 1)
+                    # Two stages of two CTAs mostly hide less than more of one; a float32 x has both tried.
+                    if stages >= 3 or (wide and ctas == 2 and stages == 2):
+                        yield _async_tile(m, n, k, warps, stages, dtypes, few)
+                    if stages >= 3:
                         break
 
 
 def _async_stages(arch: int, x: str, m: int, n: int, k: int, ctas: int) -> int:
-    """As many as shared memory holds for that many CTAs an SM; a float32 x has two buffers, however long the ring."""
+    """As many as shared memory holds for that many CTAs an SM."""
     chip = LIMITS[arch]
     room = min(chip.shared_block_bytes, chip.shared_bytes // ctas - SYSTEM_SHARED_BYTES)
-    fixed, each = (2 * m * k * 2, n * k * 2) if x == "f32" else (0, (m + n) * k * 2)
-    return (room - fixed) // each
+    return room // ((m * ELEMENT_BYTES[x] + n * 2) * k)
 
 
-def _async_tile(m: int, n: int, k: int, warps: int, stages: int, out_bytes: int) -> Tile:
+def _async_tile(m: int, n: int, k: int, warps: int, stages: int, dtypes: DTypes, few: bool) -> Tile:
+    x, _, out, _ = dtypes
     warps_m = 1 if m == 16 else warps // 2 if m > n else 2
+    if x == "f32" and m >= 128:
+        warps_m = 4  # each warp rounds the rows that it multiplies: the fewer beside each other the better
     # As deep as two sets of operands fit beside the accumulators.
     operands = m // warps_m + n // (warps // warps_m)
     unit_k = max(u for u in (16, 32, 64, 128, 256) if u == 16 or (u <= k and _held(m, n, warps, operands, u) <= 200))
-    parts = out_bytes if m * n // (warps * 32) >= MOST_ACCUMULATORS else 1
+    parts = ELEMENT_BYTES[out] if few and m * n // (warps * 32) >= MOST_ACCUMULATORS else 1
     return Tile(m, n, k, warps, stages, parts, kernel="async", warps_m=warps_m, unit_k=unit_k)
 
 
@@ -235,15 +245,23 @@ def why_not(config: Config) -> str:
     least = 1 if config.kernel == "tile" else 2
     if config.stages < least:
         return f"shared memory holds {max(0, config.stages)} stages; a {config.kernel} kernel needs {least}"
-    if (accumulators := config.cta_rows * config.tile_n // (config.multiplying_warps * 32)) > MOST_ACCUMULATORS:
+    accumulators = config.cta_rows * config.tile_n // (config.multiplying_warps * 32)
+    if config.fp16_accumulate and config.kernel == "async":
+        accumulators *= 2  # the chunk at hand and the one before, of half the size each
+    if accumulators > MOST_ACCUMULATORS:
         return (
             f"{accumulators} of a thread's {REGISTERS} registers would be accumulators; the most is {MOST_ACCUMULATORS}"
         )
     if config.fp16_accumulate and (
-        config.tile_k % FP16_CHUNK or (config.kernel == "tile" and config.tile_k > FP16_CHUNK)
+        config.tile_k != FP16_CHUNK
+        if config.kernel == "tile"
+        else config.tile_k % FP16_CHUNK and FP16_CHUNK % config.tile_k
     ):
-        return f"fp16_accumulate sums chunks of {FP16_CHUNK}: a K step of {config.tile_k} is none, or not one"
+        return f"fp16_accumulate sums chunks of {FP16_CHUNK}: K steps of {config.tile_k} do not make one"
     if config.kernel == "async":
+        sizes = config.tile_m, config.tile_n, config.tile_k
+        if config.stages > (most := _async_stages(config.arch, config.x, *sizes, 1)):
+            return f"shared memory holds {most} stages, not {config.stages}"
         warps_n = config.warps // config.warps_m
         if config.tile_m < 16 * config.warps_m or config.tile_n < 8 * warps_n:
             return f"{config.warps_m}x{warps_n} warps take 16 rows and 8 columns each, which the tile has not"

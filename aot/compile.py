@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 
 from aot import BuildError, sass
 from aot.chips import LIMITS, REFERENCE
-from aot.configs import ELEMENT_BYTES, Config, ctas_per_sm
+from aot.configs import ELEMENT_BYTES, FP16_CHUNK, Config, ctas_per_sm
 from aot.sass import Instruction
 
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info holds the folder that was built in
@@ -134,12 +135,12 @@ def async_constants(config: Config) -> dict[str, Any]:
     warps_n = config.warps // config.warps_m
     # A thread stores as many pairs of elements at once as make 16 bytes, if its row of the tile has them.
     pairs = min(8 // ELEMENT_BYTES[config.out], config.tile_n // (8 * warps_n)) if config.out_aligned else 1
-    odd_ring = config.x == "f32" and config.stages % 2  # of float32 x, which alternates between two buffers
+    chunk_steps = max(1, FP16_CHUNK // config.tile_k) if config.fp16_accumulate else 1
     return {
         "WARPS_M": config.warps_m,
         "WARPS_N": warps_n,
         "STAGES": config.stages,
-        "UNROLL": config.stages * (2 if odd_ring else 1),
+        "UNROLL": math.lcm(config.stages, chunk_steps),
         "UNIT_K": config.unit_k,
         "PAIRS": max(1, pairs),
         "RAGGED": not config.out_aligned,
@@ -338,7 +339,7 @@ def check(config: Config, report: Report) -> None:
 def check_main_loop(config: Config, report: Report, name: str) -> None:
     """What a fast kernel for sm_89 may cost besides its matrix instructions, which nobody can see on a GPU here."""
     # As many K steps as the loop is unrolled by, and no product twice.
-    if report.loop_steps % 1 or not 1 <= report.loop_steps <= 2 * config.stages:
+    if report.loop_steps != (async_constants(config)["UNROLL"] if config.kernel == "async" else 1):
         raise BuildError(f"{name}: {report.loop_mma} matrix instructions a warp are not those of whole K steps")
     chip = REFERENCE[config.arch]
     cycles = report.loop_mma * (chip.mma_cycles_fp16 if config.fp16_accumulate else chip.mma_cycles)

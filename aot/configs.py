@@ -21,6 +21,8 @@ DTYPES = tuple(
     (x, weight, out) for weight in ("f16", "bf16") for x in (weight, "f32") for out in (weight, "f32")
 )  # fmt: skip
 
+FP16_CHUNK = 64  # products that fp16_accumulate sums in float16; aot/kernels.py has the same
+
 PERSISTENT = ("ws", "pingpong")  # kernels whose CTAs walk the tiles
 
 

@@ -70,7 +70,8 @@ def lbg_fused(
     offs_n = tile_n * TILE_N + tl.arange(0, TILE_N)
     offs_k = tl.arange(0, TILE_K)
     # Rows past the edge read the last row again instead of being masked: the loop stays free of predicates, and what
-    # they compute is not stored.
+    # they compute is not stored. A tile for few rows masks them in an aligned loop: most of its rows would ask L2 for
+    # the same bytes.
     rows_x = tl.minimum(offs_m, M - 1).to(tl.int64)
     rows_w = tl.minimum(offs_n, N - 1).to(tl.int64)
     x_ptrs = x_ptr + rows_x[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
@@ -79,7 +80,8 @@ def lbg_fused(
         w_ptrs = weight_ptr + rows_w[None, :] * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
         full = K // TILE_K * TILE_K
         for _ in range(0, full, TILE_K):
-            acc = multiply_add(tl.load(x_ptrs), tl.load(w_ptrs), acc, FP16_ACCUMULATE)
+            x = tl.load(x_ptrs, mask=offs_m[:, None] < M, other=0.0) if TILE_M <= 64 else tl.load(x_ptrs)
+            acc = multiply_add(x, tl.load(w_ptrs), acc, FP16_ACCUMULATE)
             x_ptrs += TILE_K * stride_xk
             w_ptrs += TILE_K * stride_wk
         if full < K:

@@ -101,6 +101,7 @@ def edges() -> Iterator[Row]:
         yield run(Case(17, 40, k, out=F32), aligned=True)
         yield run(Case(17, 40, k, out=F32, fp16_accumulate=True), tile=CHUNK_TILE, aligned=True)
         yield run(Case(17, 41, k), aligned=True)  # aligned loads, a result that is not
+    yield run(Case(130, 40, 48), tile=(128, 32, 32), aligned=True)  # a tile of so many rows masks none
 
 
 def walks() -> Iterator[Row]:

@@ -24,10 +24,11 @@ pytest.importorskip("triton", reason="needs the build's environment", exc_type=I
 import build
 from aot import BuildError, compile, costs, emit, model, package
 from aot.chips import LIMITS, REFERENCE
-from aot.configs import ARCHS, CONFIGS, DTYPES, Config, check_classes, class_of, ctas_per_sm
+from aot.configs import ARCHS, CONFIGS, DTYPES, FP16_CHUNK, Config, check_classes, class_of, ctas_per_sm
 
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
+ASYNC = Config(89, "f32", "f16", "f16", False, True, 64, 64, 32, 4, 4, kernel="async", warps_m=2, unit_k=32)
 HOPPER = replace(SMALL, arch=90, tile_m=64)
 WS = Config(90, "f16", "f16", "f16", False, True, 128, 128, 64, 12, 2, 2, kernel="ws")
 PAIR = replace(WS, tile_m=256, cluster=2)
@@ -96,7 +97,7 @@ def test_a_kernel_that_stores_twice(tmp_path: Path, kernels: Callable[..., None]
 
 
 def test_a_kernel_that_stores_in_its_loop(tmp_path: Path, kernels: Callable[..., None]) -> None:
-    step = "            acc = multiply_add(tl.load(x_ptrs), tl.load(w_ptrs), acc, FP16_ACCUMULATE)\n"
+    step = "            acc = multiply_add(x, tl.load(w_ptrs), acc, FP16_ACCUMULATE)\n"
     kernels((step, step + "            tl.store(out_ptr + offs_n, acc.to(out_ptr.dtype.element_ty).max(0))\n"))
     with pytest.raises(
         BuildError, match=r"an intermediate store: .* stores per output element, [1-9]\d* inside a loop"
@@ -132,6 +133,23 @@ def test_a_hopper_kernel_that_stores_more_than_once(
         compile.build(config, 90, tmp_path / "cubin")
 
 
+def test_a_float32_x_is_copied_as_it_is_and_rounded_where_it_is_read(tmp_path: Path) -> None:
+    report = compile.build(ASYNC, 89, tmp_path / "cubin").report
+    assert report.shared_bytes == ASYNC.stages * ASYNC.tile_k * (4 * ASYNC.tile_m + 2 * ASYNC.tile_n)
+    assert "global load" not in report.loop_mix and "shared store" not in report.loop_mix, report.loop_mix
+    assert (report.loop_steps, report.spill_bytes) == (ASYNC.stages, 0)
+    values = ASYNC.tile_m * ASYNC.tile_k * (ASYNC.warps // ASYNC.warps_m)  # by each warp that multiplies them
+    assert report.loop_mix["convert"] == report.loop_steps * values / 2 / 32 / ASYNC.warps  # two an instruction
+
+
+def test_a_chunk_of_fp16_accumulate_may_take_several_steps(tmp_path: Path) -> None:
+    config = replace(ASYNC, fp16_accumulate=True, stages=3)
+    report = compile.build(config, 89, tmp_path / "cubin").report
+    assert (report.loop_steps, report.spill_bytes) == (6, 0)  # whole rounds of 3 stages, whole chunks of 2 steps
+    sums = report.loop_steps * config.tile_k // FP16_CHUNK * config.tile_m * config.tile_n
+    assert report.loop_mix["float"] == sums / 32 / config.warps, report.loop_mix
+
+
 @pytest.mark.parametrize("change", [{"out": "f32"}, {"out_aligned": False}, {"x": "f32", "stages": 3}], ids=str)
 def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
     # ws: two consumers, each with a loop and a step beside it; pingpong the same of twice the rows; ring has a step
@@ -164,7 +182,7 @@ def test_a_config_that_miscounts_its_warps() -> None:
 
 def test_a_kernel_that_needs_scratch_memory(tmp_path: Path, kernels: Callable[..., None]) -> None:
     # a descriptor made in the kernel lives in global scratch memory
-    load = "multiply_add(tl.load(x_ptrs), tl.load(w_ptrs)"
+    load = "multiply_add(x, tl.load(w_ptrs)"
     made = "tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [TILE_M, TILE_K])"
     kernels((load, f"multiply_add({made}.load([0, 0]), tl.load(w_ptrs)"))
     with pytest.raises(BuildError, match=rf"^{HOPPER.symbol}: global_scratch_size is [1-9]\d*; a launcher passes no"):
@@ -387,13 +405,15 @@ def test_symbols_are_unique_in_an_arch() -> None:
 
 
 def test_every_config_keeps_tritons_and_our_rules() -> None:
-    from aot.kernels import FP16_CHUNK
+    from aot import kernels
 
+    assert kernels.FP16_CHUNK == FP16_CHUNK
     for config in CONFIGS:
         assert {config.tile_m, config.tile_n, config.tile_k} <= {16, 32, 64, 128, 256}, config
         assert config.warps in (2, 4, 8, 12, 16) and config.stages >= 1 and config.arch in LIMITS, config
         if config.fp16_accumulate:  # a tile kernel sums its whole K step in float16
-            assert config.tile_k == FP16_CHUNK or (config.kernel == "async" and config.tile_k % FP16_CHUNK == 0), config
+            chunks = config.tile_k % FP16_CHUNK == 0 or FP16_CHUNK % config.tile_k == 0
+            assert config.tile_k == FP16_CHUNK or (config.kernel == "async" and chunks), config
 
 
 def test_every_class_ends_with_its_generic_kernel() -> None:

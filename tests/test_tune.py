@@ -399,6 +399,28 @@ def test_candidates_keep_the_rules_and_every_exclusion_has_a_reason() -> None:
                 assert all(each.why for each in found if isinstance(each, Excluded))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, ""),
+        ({"stages": 5}, "shared memory holds 4 stages, not 5"),
+        ({"stages": 1}, "shared memory holds 1 stages; a async kernel needs 2"),
+        ({"fp16_accumulate": True}, "256 of a thread's 255 registers would be accumulators; the most is 128"),
+        ({"fp16_accumulate": True, "warps": 8}, ""),
+        ({"fp16_accumulate": True, "warps": 8, "tile_k": 128, "stages": 1}, "shared memory holds 1 stages"),
+        ({"tile_k": 48}, "tile_k is 48; block sizes are powers of two"),
+        ({"fp16_accumulate": True, "kernel": "tile"}, "fp16_accumulate sums chunks of 64: K steps of 32 do not make"),
+        ({"warps_m": 16, "warps": 16}, "16x1 warps take 16 rows and 8 columns each, which the tile has not"),
+    ],
+    ids=str,
+)
+def test_what_no_compiler_need_be_asked(change: dict[str, Any], told: str) -> None:
+    tile = configs.Tile(128, 128, 32, 4, 4, kernel="async", warps_m=4, unit_k=16)
+    config = replace(configs.config_of(89, ("f32", "f16", "f16", False), tile, "rows"), **change)
+    why = candidates.why_not(config)
+    assert why.startswith(told) and bool(why) == bool(told), why
+
+
 def test_the_rules_name_what_follows_a_plain_tile() -> None:
     plain = next(each.config for each in candidates.candidates(89, KIND, "rows")
                  if isinstance(each, Candidate) and each.why.startswith("plain"))  # fmt: skip

@@ -380,7 +380,7 @@ def said_against(found: dict[str, Any]) -> str:
     lines = [
         f"Measured: on {facts['gpu']}, {facts['date']} ({facts['kernels']}).",
         f"Predicted: for {found['chip']}, from the same cubins' machine code. What is fitted was fitted on one half of "
-        "the shapes of one run on an H200.",
+        "the shapes of earlier runs, on an H200 and an H100.",
         "",
     ]
     names = list(found["all shapes"])

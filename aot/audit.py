@@ -126,12 +126,9 @@ def choose(rows: Sequence[Artifact], shape: Shape, sm_count: int, us: dict[str, 
         )
 
     legal = [a for a in rows if not why_not(a.config, shape)]
-    # One that does without an alignment which the call has is a last resort.
-    plain = [a for a in legal if a.config.aligned and (a.config.out_aligned or shape.n % 8 != 0)]
-    # So is one whose x comes in many boxes.
     row_bytes = model.row_bytes(rows[0].config, shape.m, shape.n, shape.k)
-    few = [a for a in plain if not rules.in_many_boxes(a.config, shape.m, row_bytes)]
-    return min(few or plain, key=expected) if plain else legal[0]
+    fast = rules.contenders([a for a in legal if a.config.aligned], lambda a: a.config, shape.m, row_bytes)
+    return min(fast, key=expected) if fast else legal[0]
 
 
 def label(config: Config) -> str:

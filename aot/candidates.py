@@ -132,7 +132,7 @@ def _async(arch: int, dtypes: DTypes, few: bool) -> Iterator[Tile]:
     for (m, n), steps in (ASYNC_WIDE_SHAPES if wide else ASYNC_SHAPES).items():
         if few and (m, n) not in ASYNC_FEW:
             continue
-        # A chunk of fp16_accumulate over more than one step was slower, but where a float32 x has no room for one.
+        # A step is whole chunks of fp16_accumulate, but for a float32 x, which has no room for that.
         for k in sorted({max(k, FP16_CHUNK) for k in steps} if fp16_accumulate and not wide else set(steps)):
             # A float32 x leaves room for one CTA of 128x128 alone, where 128x256 is ahead at all large shapes.
             for warps in (4,) if m * n < 128 * 128 else (8,) if m * n > 128 * 128 or wide else (4, 8):

@@ -9,11 +9,13 @@ under 2 % over a simpler one is dropped; blocks are powers of two from 16 to 256
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from aot import BuildError
+
+T = TypeVar("T")
 
 WARPS, STAGES = (4, 8), (2, 3)
 CONSERVATIVE = (4, 2)  # (warps, stages)
@@ -195,6 +197,13 @@ def in_many_boxes(config: Boxed, m: int, row_bytes: int) -> bool:
     """Whether a tile's x comes in so many boxes that dispatch takes the kernel only where no other can run. `row_bytes`
     is what every row of x and weight starts on a multiple of."""
     return row_bytes % 32 != 0 and config.x_box != 0 and boxes(config, m) > MOST_BOXES
+
+
+def contenders(kernels: Sequence[T], config: Callable[[T], Any], m: int, row_bytes: int) -> list[T]:
+    """Of aligned kernels that can run a call, those that csrc/dispatch.cpp's choose() weighs by time: none that stores
+    to any address where another will do, and of the rest none whose x comes in many boxes where another will do."""
+    able = [each for each in kernels if config(each).out_aligned] or list(kernels)
+    return [each for each in able if not in_many_boxes(config(each), m, row_bytes)] or able
 
 
 def gains_enough(us: float, simpler_us: float, margin: float = 0.0) -> bool:

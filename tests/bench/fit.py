@@ -31,7 +31,7 @@ import lbg
 from aot import BuildError, evidence, journal
 from aot.configs import CONFIGS
 from aot.fitting import CONSTANTS, HOPELESS, Time, by_shape, fit_all, predicted_us, row_bytes
-from aot.rules import in_many_boxes
+from aot.rules import contenders
 from tests import cases
 from tests.bench.machine import facts
 from tests.bench.records import SHAPES
@@ -291,16 +291,13 @@ def regrets(run: Run, costs: dict[str, dict[str, float]] | None) -> list[dict[st
     for group in by_shape(run):
         best, chosen = min(group, key=lambda t: t.us), next((t for t in group if t.chosen), None)
         if costs is not None:
-            # As choose() has it: a kernel that stores to any address is for results that need one, and one whose x
-            # comes in many boxes for nothing that another can run.
             kernels, shape = run.kernels, np.array([(best.m, best.n, best.k)])
             starts = int(row_bytes(kernels[best.symbol], shape)[0])
-            able = [t for t in group if kernels[t.symbol].out_aligned] or group
-            few = [t for t in able if not in_many_boxes(kernels[t.symbol], t.m, starts)]
+            fast = contenders(group, lambda t, kernels=kernels: kernels[t.symbol], best.m, starts)
             predicted = {
-                t.symbol: float(predicted_us(kernels[t.symbol], shape, run.sm_count, costs[t.symbol])[0]) for t in able
+                t.symbol: float(predicted_us(kernels[t.symbol], shape, run.sm_count, costs[t.symbol])[0]) for t in fast
             }
-            chosen = min(few or able, key=lambda t: predicted[t.symbol])
+            chosen = min(fast, key=lambda t: predicted[t.symbol])
         assert chosen is not None, group
         row = {"shape": f"{best.m}x{best.n}x{best.k}", "off": round(chosen.us / best.us - 1, 4)}
         row["kind"] = "benchmark" if (best.m, best.n, best.k) in BENCHMARKS else "random"

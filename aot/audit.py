@@ -113,17 +113,16 @@ def why_not(config: Config, shape: Shape) -> bool:
     return (config.aligned and shape.k % 8 != 0) or (config.out_aligned and shape.n % 8 != 0)
 
 
-def choose(rows: Sequence[Artifact], shape: Shape, sm_count: int, us: dict[str, float] | None = None) -> Artifact:
+def choose(rows: Sequence[Artifact], shape: Shape, chip: Chip, us: dict[str, float] | None = None) -> Artifact:
     """csrc/dispatch.cpp's choose() among a class: by `us`, by symbol, or else by what dispatch expects."""
 
     def expected(a: Artifact) -> float:
         if us is not None:
             return us[a.config.symbol]
         at_once = max(1, a.report.ctas_per_sm["all"])
-        made = costs.cost(a.config, a.report)
-        return model.predicted_us(
-            a.config, made, at_once, shape.m, shape.n, shape.k, sm_count, REFERENCE[a.report.arch].l2_share * sm_count
-        )
+        made, sms = costs.cost(a.config, a.report, chip.full_rate), chip.sm_count
+        held = REFERENCE[a.report.arch].l2_share * sms
+        return model.predicted_us(a.config, made, at_once, shape.m, shape.n, shape.k, sms, held)
 
     legal = [a for a in rows if not why_not(a.config, shape)]
     row_bytes = model.row_bytes(rows[0].config, shape.m, shape.n, shape.k)
@@ -138,7 +137,7 @@ def label(config: Config) -> str:
 
 
 def shape_row(rows: Sequence[Artifact], shape: Shape, chip: Chip) -> dict[str, Any]:
-    chosen = choose(rows, shape, chip.sm_count)
+    chosen = choose(rows, shape, chip)
     config, report = chosen.config, chosen.report
     predicted = model.predict(config, report, chip, shape.m, shape.n, shape.k)
     peak = chip.tflops(model.mma_cycles(config, report, chip))
@@ -163,12 +162,13 @@ def by_class(artifacts: Sequence[Artifact]) -> list[list[Artifact]]:
 
 
 def audit(artifacts: Sequence[Artifact], chip: Chip, shapes: Sequence[Shape] = SHAPES) -> dict[str, Any]:
-    """All that the command says, for JSON."""
+    """All that the command says, for JSON. On a chip of full rate fp16_accumulate's kernels are not dispatched to."""
+    classes = [rows for rows in by_class(artifacts) if not (chip.full_rate and rows[0].config.fp16_accumulate)]
     return {
         "said": f"{chip.name}: {MODELLED}",
         "chip": asdict(chip),
         "kernels": [kernel_row(artifact, chip) for artifact in artifacts],
-        "shapes": [shape_row(rows, shape, chip) for rows in by_class(artifacts) for shape in shapes],
+        "shapes": [shape_row(rows, shape, chip) for rows in classes for shape in shapes],
     }
 
 
@@ -335,7 +335,7 @@ def groups_of(data: dict[str, Any], artifacts: Sequence[Artifact], chip: Chip) -
         shape, rows = Shape(int(str(m)), int(str(n)), int(str(k))), [mine[symbol] for symbol in us]
         predicted = {a.config.symbol: model.predict(a.config, a.report, chip, shape.m, shape.n, shape.k).us
                      for a in rows}  # fmt: skip
-        picked = choose(rows, shape, chip.sm_count, predicted).config.symbol
+        picked = choose(rows, shape, chip, predicted).config.symbol
         symbols = list(us)
         found.append(Group(shape, symbols, [predicted[s] for s in symbols], [us[s] for s in symbols],
                            symbols.index(picked)))  # fmt: skip

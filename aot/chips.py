@@ -58,6 +58,11 @@ class Chip:
         return LIMITS[self.arch]
 
     @property
+    def full_rate(self) -> bool:
+        """csrc/lbg.h's: whether mma.sync is as fast with float32 accumulation, of an arch whose GPUs differ in that."""
+        return self.arch == 89 and self.mma_cycles == self.mma_cycles_fp16
+
+    @property
     def l2_holds(self) -> int:
         """Bytes that all SMs read and that stay in L2."""
         return self.l2_bytes // self.l2_copies
@@ -168,6 +173,13 @@ CHIPS = {
 }
 # The GPU that an arch's kernels are judged for.
 REFERENCE = {89: CHIPS["RTX 4090"], 90: CHIPS["H100 SXM"]}
+# The one that stands for an arch's GPUs of full rate, where dispatch is told of them.
+FULL_RATE = {89: CHIPS["L40S"]}
+
+
+def full_rate(gpu: str) -> bool:
+    """Of an sm_89 GPU by the name that the driver has for it (csrc/runtime.cpp): all but a GeForce."""
+    return "GeForce" not in gpu
 
 
 def named(name: str) -> Chip:

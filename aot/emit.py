@@ -69,14 +69,14 @@ def launcher(index: int, artifact: Artifact) -> str:
 
 def row(index: int, artifact: Artifact) -> str:
     config, report = artifact.config, artifact.report
-    costs = ", ".join(map(str, astuple(cost(config, report))))
+    costs = ", ".join(f"{{{', '.join(map(str, astuple(cost(config, report, rate))))}}}" for rate in (False, True))
     promises = (config.fp16_accumulate, config.aligned, config.out_aligned, config.tma, config.persistent)
     flags = ", ".join(str(flag).lower() for flag in promises)
     return (
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '
         f"{C_DTYPES[config.out]}, {flags}, {config.tile_m}, {config.tile_n}, {config.tile_k}, {config.warps}, "
         f"{config.stages}, {config.x_box}, {config.cluster}, {report.shared_bytes}, {report.registers}, "
-        f"{max(1, report.ctas_per_sm['all'])}, {REFERENCE[report.arch].l2_share}, {{{costs}}}, "
+        f"{max(1, report.ctas_per_sm['all'])}, {REFERENCE[report.arch].l2_share}, {costs}, "
         f"lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
     )
 

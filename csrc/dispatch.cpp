@@ -36,6 +36,8 @@ Alignment alignment(const Operands& o) {
 
 namespace {
 
+std::atomic<const Config*> g_override{nullptr};
+
 constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
 
 // Sizes that matter fit 32 bits, whose division takes a third of the time on many CPUs.
@@ -117,12 +119,14 @@ bool last_resort(const Config& c, const Problem& p, const Broken& why) {
   return does_without(c, why) || in_many_boxes(c, p);
 }
 
-Class rows_of(const Problem& p, int32_t arch) {
+// fp16_accumulate permits what would gain nothing where accumulation in float32 is as fast; an override may ask for it.
+Class rows_of(const Problem& p, const Chip& chip) {
   const auto x = static_cast<uint32_t>(p.x), weight = static_cast<uint32_t>(p.weight),
              out = static_cast<uint32_t>(p.out);
   if (std::max({x, weight, out}) > static_cast<uint32_t>(DType::f32)) return {};  // lbg_run takes any number
+  const bool fp16_accumulate = p.fp16_accumulate && (!chip.full_rate || g_override);
   for (int32_t i = 0; i < kArchCount; ++i) {
-    if (kArchs[i].arch == arch) return kArchs[i].classes[x][weight][out][p.fp16_accumulate];
+    if (kArchs[i].arch == chip.arch) return kArchs[i].classes[x][weight][out][fp16_accumulate];
   }
   return {};
 }
@@ -148,10 +152,10 @@ bool early(const Config& c, const Problem& p, int32_t sm_count) {
   return !shares_l2 || p.k <= 1024;
 }
 
-const char* why_not(const Config& c, const Problem& p, Alignment pointers, int32_t arch) {
-  if (c.arch != arch) return "built for another GPU";
+const char* why_not(const Config& c, const Problem& p, Alignment pointers, const Chip& chip) {
+  if (c.arch != chip.arch) return "built for another GPU";
   if (c.x != p.x || c.weight != p.weight || c.out != p.out) return "other dtypes";
-  const Class rows = rows_of(p, arch);
+  const Class rows = rows_of(p, chip);
   if (&c < kConfigs + rows.first || &c >= kConfigs + rows.first + rows.count) return "other accumulation mode";
   return why_not_in_class(c, p, broken(p, pointers));
 }
@@ -178,35 +182,33 @@ double dram_bytes(const Config& c, const Problem& p, int64_t at_once, int32_t sm
 
 }  // namespace
 
-double predicted_us(const Config& c, const Problem& p, int32_t sm_count) {
+double predicted_us(const Config& c, const Problem& p, const Chip& chip) {
+  const Cost& cost = chip.full_rate ? c.full_rate_cost : c.cost;
+  const int32_t sm_count = chip.sm_count;
   const int64_t sms = places(c, sm_count), at_once = sms * c.ctas_per_sm;
   const int64_t count = tiles(c, p), whole = count / at_once, rest = count - whole * at_once;
   const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
-  double boxes_us = 0, crowd_us = c.cost.crowd_us;
+  double boxes_us = 0, crowd_us = cost.crowd_us;
   const int64_t row = row_bytes(p);
-  if (row % 128) crowd_us += c.cost.off128_us;
-  if (row % 64) crowd_us += c.cost.off64_us;
-  if (row % 32) crowd_us += c.cost.off32_us;
+  if (row % 128) crowd_us += cost.off128_us;
+  if (row % 64) crowd_us += cost.off64_us;
+  if (row % 32) crowd_us += cost.off32_us;
   if (c.x_box) {
-    boxes_us = static_cast<double>(boxes(c, p) - 1) * c.cost.box_us;
-    crowd_us += static_cast<double>(std::max<int64_t>(c.x_box - p.m, 0)) * c.cost.fill_us;
+    boxes_us = static_cast<double>(boxes(c, p) - 1) * cost.box_us;
+    crowd_us += static_cast<double>(std::max<int64_t>(c.x_box - p.m, 0)) * cost.fill_us;
   }
   const auto wave_us = [&](int64_t fullest, double per_sm) {
-    const double step_us = std::max(static_cast<double>(fullest) * c.cost.step_us, c.cost.latency_us);
-    return c.cost.wave_us + steps * (step_us + boxes_us + per_sm * crowd_us);
+    const double step_us = std::max(static_cast<double>(fullest) * cost.step_us, cost.latency_us);
+    return cost.wave_us + steps * (step_us + boxes_us + per_sm * crowd_us);
   };
   double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
   if (rest) busy += wave_us(ceil_div(rest, sms), static_cast<double>(rest) / static_cast<double>(sms));
-  const double memory = dram_bytes(c, p, at_once, sm_count) / (sm_count * c.cost.dram_bytes_per_us);
+  const double memory = dram_bytes(c, p, at_once, sm_count) / (sm_count * cost.dram_bytes_per_us);
   double late = 0;
   if (c.tma && !early(c, p, sm_count)) late += kLateUs;
   if (c.tma && 2 * std::min(count, at_once) > at_once) late += kNoRoomUs;
   const auto squared = [](double value) { return value * value; };
-  return c.cost.launch_us + std::sqrt(std::sqrt(squared(squared(busy)) + squared(squared(memory)))) + late;
-}
-
-namespace {
-std::atomic<const Config*> g_override{nullptr};
+  return cost.launch_us + std::sqrt(std::sqrt(squared(squared(busy)) + squared(squared(memory)))) + late;
 }
 
 Status set_override(const std::string& symbol) {
@@ -228,9 +230,9 @@ std::string get_override() {
   return forced ? forced->symbol : "";
 }
 
-const Config* choose(const Problem& p, Alignment pointers, int32_t arch, int32_t sm_count) {
+const Config* choose(const Problem& p, Alignment pointers, const Chip& chip) {
   const Config* forced = g_override;
-  const Class rows = rows_of(p, arch);
+  const Class rows = rows_of(p, chip);
   const Broken why = broken(p, pointers);
   const Config* best = nullptr;
   double best_us = std::numeric_limits<double>::infinity();
@@ -238,7 +240,7 @@ const Config* choose(const Problem& p, Alignment pointers, int32_t arch, int32_t
     // The arch's own kernel of the forced name: another arch may ship one of that name too.
     if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && last_resort(*c, p, why)) continue;
     if (why_not_in_class(*c, p, why)) continue;
-    const double us = predicted_us(*c, p, sm_count);
+    const double us = predicted_us(*c, p, chip);
     if (us < best_us) best = c, best_us = us;
   }
   return best;

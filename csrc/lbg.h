@@ -74,6 +74,12 @@ struct Cost {
   double dram_bytes_per_us;  // one SM's share of the memory's bandwidth
 };
 
+// What dispatch has to know of a GPU.
+struct Chip {
+  int32_t arch, sm_count;
+  bool full_rate;  // sm_89: accumulates in float32 as fast as in float16, which no GeForce does; on other arches false
+};
+
 // One compiled kernel. The rows are generated from aot/configs.py; `launch` packs this cubin's own parameter list.
 struct Config {
   const char* symbol;
@@ -90,7 +96,7 @@ struct Config {
   int32_t cluster;  // CTAs that share a tile, each on an SM of its own
   int32_t shared_bytes, registers, ctas_per_sm;
   int32_t l2_bytes_per_sm;  // one SM's share of what L2 holds
-  Cost cost;
+  Cost cost, full_rate_cost;
   const unsigned char* cubin;
   size_t cubin_bytes;
   Status (*launch)(const LaunchSite&, const Problem&, const Operands&);
@@ -121,8 +127,8 @@ struct Alignment {
 };
 Alignment alignment(const Operands& operands);
 
-// Why `config` cannot run `problem` on `arch`; nullptr if it can.
-const char* why_not(const Config& config, const Problem& problem, Alignment pointers, int32_t arch);
+// Why `config` cannot run `problem` on `chip`; nullptr if it can.
+const char* why_not(const Config& config, const Problem& problem, Alignment pointers, const Chip& chip);
 
 // Microseconds, from how the tiles fall on the SMs:
 //
@@ -148,7 +154,7 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 // not wholly: where both take as long, they take 1.19 times that. It also ranks kernels where memory bounds them all. A
 // family's memory grows with its SMs (an RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of
 // an SM's share.
-double predicted_us(const Config& config, const Problem& problem, int32_t sm_count);
+double predicted_us(const Config& config, const Problem& problem, const Chip& chip);
 
 // Where rows of x or weight start off 32 bytes, a kernel that takes a tile's x in more boxes than this is a last
 // resort: the formula does not know what they cost there. On an H100 it chose such a kernel that took 2.3 times as long
@@ -178,7 +184,7 @@ bool early(const Config& config, const Problem& problem, int32_t sm_count);
 // The config of the problem's class with the lowest predicted time among those that can run, the earlier row on a tie;
 // a last resort only where no other can: one that does without an alignment which the call has, or has too many boxes
 // (kMostBoxes); nullptr if none can. Allocates nothing and takes no lock.
-const Config* choose(const Problem& problem, Alignment pointers, int32_t arch, int32_t sm_count);
+const Config* choose(const Problem& problem, Alignment pointers, const Chip& chip);
 
 // A choice forced by name, for tests and measurements; empty for none. Process-wide. Fails on an unknown symbol.
 Status set_override(const std::string& symbol);
@@ -188,9 +194,8 @@ std::string shipped_archs();           // "sm_89, sm_90"
 std::string describe(const Problem&);  // "M=.., N=.., K=.., x float16, weight ..."
 
 // runtime.cpp
-struct Gpu {
+struct Gpu : Chip {
   std::string name;
-  int32_t arch, sm_count;
 };
 Status gpu(int32_t device, Gpu* out);
 Status warmup(int32_t device, int32_t* kernels_loaded);

@@ -54,38 +54,40 @@ PyObject* configs(PyObject*, PyObject*) {
 
 // One entry a config, in table order: [predicted microseconds or null, why it cannot run or null, chosen].
 PyObject* explain(PyObject*, PyObject* args) {
-  int x = 0, weight = 0, out = 0, fp16_accumulate = 0, aligned = 0, arch = 0, sm_count = 0;
+  int x = 0, weight = 0, out = 0, fp16_accumulate = 0, aligned = 0, full_rate = 0;
+  lbg::Chip chip{};
   Problem p{};
-  if (!PyArg_ParseTuple(args, "iiii(LLL)(LLLLLLLL)iii", &x, &weight, &out, &fp16_accumulate, &p.m, &p.n, &p.k,
+  if (!PyArg_ParseTuple(args, "iiii(LLL)(LLLLLLLL)iiii", &x, &weight, &out, &fp16_accumulate, &p.m, &p.n, &p.k,
                         &p.stride_xm, &p.stride_xk, &p.stride_wn, &p.stride_wk, &p.stride_scale, &p.stride_shift,
-                        &p.stride_om, &p.stride_on, &aligned, &arch, &sm_count)) {
+                        &p.stride_om, &p.stride_on, &aligned, &chip.arch, &chip.sm_count, &full_rate)) {
     return nullptr;
   }
   p.x = static_cast<lbg::DType>(x);
   p.weight = static_cast<lbg::DType>(weight);
   p.out = static_cast<lbg::DType>(out);
   p.fp16_accumulate = fp16_accumulate != 0;
+  chip.full_rate = full_rate != 0;
   p = lbg::normalised(p);
   const lbg::Alignment pointers{aligned != 0, true};  // a new result starts on 16 bytes
-  const Config* chosen = lbg::choose(p, pointers, arch, sm_count);
+  const Config* chosen = lbg::choose(p, pointers, chip);
   std::string text = "[";
   for (int32_t i = 0; i < lbg::kConfigCount; ++i) {
     const Config& config = lbg::kConfigs[i];
-    const char* reason = lbg::why_not(config, p, pointers, arch);
-    const std::string us = reason ? "null" : std::to_string(lbg::predicted_us(config, p, sm_count));
+    const char* reason = lbg::why_not(config, p, pointers, chip);
+    const std::string us = reason ? "null" : std::to_string(lbg::predicted_us(config, p, chip));
     const std::string why = reason ? "\"" + std::string(reason) + "\"" : "null";
     text += (i ? ", [" : "[") + us + ", " + why + ", " + (&config == chosen ? "true]" : "false]");
   }
   return string(text + "]");
 }
 
-// (error, name, arch, SM count) of a GPU
+// (error, name, arch, SM count, whether of full rate) of a GPU
 PyObject* gpu(PyObject*, PyObject* args) {
   int device = 0;
   if (!PyArg_ParseTuple(args, "i", &device)) return nullptr;
   lbg::Gpu gpu{};
   const lbg::Status status = lbg::gpu(device, &gpu);
-  return Py_BuildValue("(ssii)", status.text.c_str(), gpu.name.c_str(), gpu.arch, gpu.sm_count);
+  return Py_BuildValue("(ssiii)", status.text.c_str(), gpu.name.c_str(), gpu.arch, gpu.sm_count, int{gpu.full_rate});
 }
 
 // (error, kernels loaded)

@@ -92,6 +92,7 @@ Status open_device(const Driver& driver, int32_t ordinal, Device* device) {
   }
   if (code != CUDA_SUCCESS) return failure(driver, "cuDeviceGetAttribute", code);
   device->gpu.arch = major * 10 + minor;
+  device->gpu.full_rate = device->gpu.arch == 89 && device->gpu.name.find("GeForce") == std::string::npos;
   const bool served =
       std::any_of(kArchs, kArchs + kArchCount, [&](const Arch& shipped) { return shipped.arch == device->gpu.arch; });
   if (!served) {
@@ -308,7 +309,7 @@ Status run(const Problem& given, const Operands& operands, int32_t ordinal, void
   if (status.ok()) status = find_device(*driver, ordinal, &device);
   if (!status.ok()) return status;
   const Problem problem = normalised(given);
-  const Config* config = choose(problem, alignment(operands), device->gpu.arch, device->gpu.sm_count);
+  const Config* config = choose(problem, alignment(operands), device->gpu);
   if (!config) {
     const std::string forced = get_override();
     return {(forced.empty() ? "no shipped kernel" : "the overriding kernel " + forced + " cannot run, so nothing") +

@@ -291,16 +291,27 @@ CLASS = [artifact(), artifact(ANY_OUT), artifact(GENERIC)]
 def test_the_audit_chooses_as_dispatch_does(shape: tuple[int, int, int], chosen: Config) -> None:
     # the last resorts would be quicker
     quick = {ADA_X16.symbol: 3.0, ANY_OUT.symbol: 2.0, GENERIC.symbol: 1.0}
-    assert audit.choose(CLASS, Shape(*shape), 128, quick).config == chosen
+    assert audit.choose(CLASS, Shape(*shape), RTX_4090, quick).config == chosen
 
 
 @pytest.mark.parametrize(("m", "chosen"), [(16, RING), (48, RING), (49, ADA_X16), (4096, ADA_X16)])
 def test_the_audit_leaves_many_boxes_to_last_as_dispatch_does(m: int, chosen: Config) -> None:
     ring = replace(RING, x="f16")
     quick = {ADA_X16.symbol: 3.0, ring.symbol: 2.0}
-    assert audit.choose([artifact(), artifact(ring)], Shape(m, 128, 72), 128, quick).config.kernel == chosen.kernel
-    assert audit.choose([artifact(ring)], Shape(m, 128, 72), 128, quick).config == ring
-    assert audit.choose([artifact(), artifact(ring)], Shape(m, 128, 80), 128, quick).config == ring  # on 32 bytes
+    assert audit.choose([artifact(), artifact(ring)], Shape(m, 128, 72), RTX_4090, quick).config.kernel == chosen.kernel
+    assert audit.choose([artifact(ring)], Shape(m, 128, 72), RTX_4090, quick).config == ring
+    assert audit.choose([artifact(), artifact(ring)], Shape(m, 128, 80), RTX_4090, quick).config == ring  # on 32 bytes
+
+
+def test_a_chip_of_full_rate_is_asked_for_its_own_costs_and_no_fp16_accumulate() -> None:
+    assert [chip.name for chip in CHIPS.values() if chip.full_rate] == ["L40S", "L4"]
+    # On 142 SMs tiles of 128x128 leave the last wave all but empty; but smaller ones draw twice as much from L2.
+    small = replace(ADA_X16, tile_m=64, tile_n=64, tile_k=64)
+    rows = [artifact(), artifact(small, loop_instructions=212, loop_mma=96, other_instructions=800)]
+    for chip, chosen in ((replace(RTX_4090, sm_count=142), small), (CHIPS["L40S"], ADA_X16)):
+        assert audit.choose(rows, Shape(4096, 4096, 4096), chip).config == chosen, chip
+    mode = [artifact(replace(ADA_X16, fp16_accumulate=True))]
+    assert [len(audit.audit(mode, chip, [Shape(*LARGE)])["shapes"]) for chip in (RTX_4090, CHIPS["L40S"])] == [1, 0]
 
 
 def test_what_the_command_says() -> None:

@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="needs the build's environment", exc_type=I
 
 import build
 from aot import BuildError, compile, costs, emit, model, package
-from aot.chips import LIMITS, REFERENCE
+from aot.chips import FULL_RATE, LIMITS, REFERENCE
 from aot.configs import ARCHS, CONFIGS, DTYPES, FP16_CHUNK, Config, check_classes, class_of, ctas_per_sm
 
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
@@ -455,25 +455,31 @@ def test_a_measured_cost_is_taken_and_compiles_nothing_again(tmp_path: Path, mon
     measured = costs.Cost(*(float(i) for i in range(len(fields(costs.Cost)))))
     expected = model.cost(SMALL, modelled.report, REFERENCE[89])
     assert costs.cost(SMALL, modelled.report) == expected != measured
-    monkeypatch.setattr("aot.costs.measured", lambda _: {SMALL.symbol: measured})
+    monkeypatch.setattr("aot.costs.measured", lambda _, full_rate: {} if full_rate else {SMALL.symbol: measured})
     artifact, afresh = compile.cached(SMALL, 89, tmp_path)
     assert fresh and not afresh and costs.cost(SMALL, artifact.report) == measured
-    assert f"{{{', '.join(map(str, astuple(measured)))}}}" in emit.row(0, artifact)
+    full_rate = model.cost(SMALL, modelled.report, FULL_RATE[89])
+    both = [f"{{{', '.join(map(str, astuple(cost)))}}}" for cost in (measured, full_rate)]
+    assert ", ".join(both) in emit.row(0, artifact)
 
 
+@pytest.mark.parametrize("gpu", ["NVIDIA GeForce RTX 4090", "NVIDIA L40S"])
 def test_a_file_of_costs_is_read_by_symbol(
-    small: compile.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: compile.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str
 ) -> None:
-    expected = model.cost(SMALL, small.report, REFERENCE[89])
+    full_rate = "GeForce" not in gpu
+    chip = (FULL_RATE if full_rate else REFERENCE)[89]
+    expected = model.cost(SMALL, small.report, chip)
     row = {"cost": asdict(expected) | {"launch_us": 9.0}, "rms": 0.02}
     for arch, kernels in ((89, {SMALL.symbol: row}), (90, {})):
-        written = {"arch": f"sm_{arch}", "tune": {"kinds": {}, "costs": {"kernels": kernels}}}
+        written = {"arch": f"sm_{arch}", "tune": {"kinds": {}, "costs": {"gpu": gpu, "kernels": kernels}}}
         tmp_path.joinpath(f"evidence_sm_{arch}.json").write_text(json.dumps(written))
     monkeypatch.setattr("aot.evidence.path_of", lambda arch: tmp_path / f"evidence_sm_{arch}.json")
     costs.measured.cache_clear()
-    assert costs.cost(SMALL, small.report).launch_us == 9.0
+    assert costs.cost(SMALL, small.report, full_rate).launch_us == 9.0
+    assert costs.cost(SMALL, small.report, not full_rate).launch_us != 9.0  # no time of such a GPU
     other = replace(SMALL, out="f32")
-    assert costs.cost(other, small.report) == model.cost(other, small.report, REFERENCE[89])
+    assert costs.cost(other, small.report, full_rate) == model.cost(other, small.report, chip)
     bfloat16 = replace(SMALL, x="bf16", weight="bf16", out="bf16")  # the same instructions
-    assert costs.cost(bfloat16, small.report).launch_us == 9.0
+    assert costs.cost(bfloat16, small.report, full_rate).launch_us == 9.0
     costs.measured.cache_clear()

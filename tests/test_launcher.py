@@ -474,7 +474,31 @@ def test_a_device_that_is_not_there_is_told(start: Start, device: int) -> None:
 
 def test_gpu_tells_name_arch_and_sm_count(start: Start) -> None:
     outcome = start("show([lbg._C.gpu(0), lbg._C.gpu(1)])", gpus=f"{ADA},{HOPPER}")
-    assert outcome.printed == [["", "NVIDIA GeForce RTX 4090", 89, 128], ["", "NVIDIA H100 80GB HBM3", 90, 132]]
+    assert outcome.printed == [["", "NVIDIA GeForce RTX 4090", 89, 128, 0], ["", "NVIDIA H100 80GB HBM3", 90, 132, 0]]
+
+
+FULL_RATE = {
+    "NVIDIA L40S:89:142": True,
+    "NVIDIA L4:89:58": True,
+    "NVIDIA RTX 6000 Ada Generation:89:142": True,
+    "NVIDIA GeForce RTX 4090 Laptop GPU:89:76": False,
+    ADA: False,
+    HOPPER: False,
+}
+
+
+@pytest.mark.parametrize(("gpu", "full_rate"), FULL_RATE.items())
+def test_dispatch_knows_a_gpu_of_full_rate(start: Start, gpu: str, full_rate: bool) -> None:
+    """And launches what explain() says of such a GPU."""
+    sizes = [(m, n, k) for m, n, k in ((1, 4096, 4096), (300, 4096, 4096), (4096, 4096, 4096), (16384, 4096, 4096))]
+    outcome = start(f"show([lbg._C.gpu(0)[4], [launch(*s, x='float32', out='float32') for s in {sizes}]])", gpus=gpu)
+    assert outcome.printed == [full_rate, [""] * len(sizes)]
+    _, arch, sm_count = gpu.split(":")
+    for (m, n, k), call in zip(sizes, outcome.of("cuLaunchKernelEx")):
+        x, weight = torch.empty(m, k, device="meta"), torch.empty(n, k, dtype=torch.float16, device="meta")
+        found = lbg.explain(x, weight, arch=int(arch), sm_count=int(sm_count), full_rate=full_rate)
+        assert found.chosen and found.chosen.symbol == call["symbol"], found
+        assert ("of full rate" in found.why) == full_rate, found
 
 
 def test_an_override_that_cannot_run_is_told(start: Start) -> None:
@@ -546,6 +570,38 @@ def test_dispatch_fits_the_tile_to_m(arch: int, sm_count: int, mode: tuple[torch
     if sm_count in (128, 132) and not mode[1]:  # the GPUs that the tiles were chosen for
         chosen = chosen_for(16384, 4096, 4096, arch, sm_count, mode).chosen
         assert chosen and chosen.tile_m == 128, chosen
+
+
+def test_a_gpu_of_full_rate_accumulates_in_float32(start: Start) -> None:
+    forced = next(c.symbol for c in lbg.configs() if c.fp16_accumulate and c.aligned and c.x == c.out == "float16")
+    program = f"""
+texts = [launch(64, 64, 64, fp16_accumulate=True)]
+with lbg.override({forced!r}):
+    texts.append(launch(64, 64, 64, fp16_accumulate=True))
+show(texts)"""
+    for gpu, full_rate in FULL_RATE.items():
+        if gpu != HOPPER:
+            outcome = start(program, gpus=gpu)
+            free, overridden = (call["symbol"] for call in outcome.of("cuLaunchKernelEx"))
+            assert outcome.printed == ["", ""] and ("_acc16_" in free) != full_rate and overridden == forced, gpu
+    x = torch.empty(64, 64, dtype=torch.float16, device="meta")
+    chosen = lbg.explain(x, x, fp16_accumulate=True, arch=89, sm_count=142, full_rate=True).chosen
+    assert chosen and not chosen.fp16_accumulate
+    with lbg.override(forced):
+        chosen = lbg.explain(x, x, fp16_accumulate=True, arch=89, sm_count=142, full_rate=True).chosen
+        assert chosen and chosen.symbol == forced
+
+
+def test_a_gpu_of_full_rate_takes_large_tiles() -> None:
+    """There L2 bounds a large product, where a GeForce's tensor cores do."""
+    for sm_count in (58, 142):
+        for m, n, k in ((4096, 4096, 4096), (16384, 4096, 4096), (8192, 8192, 8192)):
+            for dtype, least in ((torch.float16, 128 * 128), (torch.float32, 128 * 256)):
+                x, weight = (
+                    torch.empty(rows, k, dtype=d, device="meta") for rows, d in ((m, dtype), (n, torch.float16))
+                )
+                chosen = lbg.explain(x, weight, arch=89, sm_count=sm_count, full_rate=True).chosen
+                assert chosen and chosen.tile_m * chosen.tile_n >= least, (sm_count, m, n, k, chosen)
 
 
 # M and the tiles of those kernels that took less than 3 % more than the best of all, N=K=4096, float16, on an H100.

@@ -392,6 +392,8 @@ def test_explain_of_what_cannot_run() -> None:
     assert "nothing is launched" in str(lbg.explain(x[:0], weight, arch=arch, sm_count=1))
     with pytest.raises(TypeError, match="arch and sm_count together"):
         lbg.explain(x, weight, arch=89)
+    with pytest.raises(TypeError, match="full_rate with arch and sm_count alone"):
+        lbg.explain(x, weight, full_rate=True)
     with pytest.raises(RuntimeError, match="must have the same K"):
         lbg.explain(x[:, :8], weight)
     with pytest.raises(RuntimeError, match="CUDA devices only; got cpu"):

@@ -42,7 +42,8 @@ class Config:
     shared_bytes: int
     registers: int
     ctas_per_sm: int
-    launch_us: float  # what a predicted time is made of (csrc/lbg.h, predicted_us): once a launch
+    # What a predicted time is made of (csrc/lbg.h, predicted_us); for sm_89 GPUs of full rate (`explain`) it is other.
+    launch_us: float  # once a launch
     wave_us: float  # a wave of CTAs
     step_us: float  # one CTA's K step
     latency_us: float  # least time between two K steps of a CTA
@@ -90,11 +91,11 @@ def configs() -> tuple[Config, ...]:
     return tuple(Config(**row) for row in json.loads(extension.configs()))
 
 
-def _gpu(device: int) -> tuple[str, int, int]:
-    error, name, arch, sm_count = extension.gpu(device)
+def _gpu(device: int) -> tuple[str, int, int, bool]:
+    error, name, arch, sm_count, full_rate = extension.gpu(device)
     if error:
         raise RuntimeError(f"lbg: {error}")
-    return name, arch, sm_count
+    return name, arch, sm_count, bool(full_rate)
 
 
 def _index(device: torch.device | str | int | None) -> int:
@@ -131,28 +132,34 @@ def explain(
     fp16_accumulate: bool = False,
     arch: int | None = None,
     sm_count: int | None = None,
+    full_rate: bool = False,
 ) -> Explanation:
     """Which kernel `fused(x, weight, ...)` would run, what it was chosen over, and why.
 
     Args:
         x, weight, out_dtype, fp16_accumulate: as for `fused`; nothing is read but shapes, strides and addresses.
         arch, sm_count: ask for another GPU than x's, such as 89 and 128 for an RTX 4090; x may then be on any device.
+        full_rate: of that GPU, if it is an sm_89: tensor cores accumulate in float32 as fast as in float16, as those
+            of an L4, L40, L40S or RTX 6000 Ada do, and no GeForce's.
 
     Raises:
         RuntimeError: the arguments are none that `fused` takes.
-        TypeError: only one of arch and sm_count is given.
+        TypeError: only one of arch and sm_count is given, or full_rate without them.
     """
     if (arch is None) != (sm_count is None):
         raise TypeError(f"lbg.explain takes arch and sm_count together; got {arch} and {sm_count}")
+    if full_rate and arch is None:
+        raise TypeError("lbg.explain takes full_rate with arch and sm_count alone: x's own GPU says what it is")
     n, k = weight.shape if weight.dim() == 2 else (0, 0)
     vector = x.new_empty(n, dtype=torch.float32)
     result = _checks.check(x, weight, vector, vector, out_dtype, fp16_accumulate)
     if arch is None or sm_count is None:
         if not x.is_cuda:
             return Explanation(None, f"x is on {x.device}: PyTorch's operators run, no kernel of lbg", ())
-        name, arch, sm_count = _gpu(_index(x.device))
+        name, arch, sm_count, full_rate = _gpu(_index(x.device))
     else:
-        name = f"an sm_{arch} GPU"
+        full_rate = full_rate and arch == 89
+        name = f"an sm_{arch} GPU{' of full rate' if full_rate else ''}"
     if n == 0 or 0 in x.shape[:-1]:
         return Explanation(None, "the result is empty: nothing is launched", ())
     launches, rows, stride_xm, stride_om = _rows(x, n)
@@ -167,9 +174,15 @@ def explain(
         int(all(address % 16 == 0 for address in addresses)),
         arch,
         sm_count,
+        int(full_rate),
     )
-    # An arch without kernels of its own for fp16_accumulate serves it with those of the other mode.
-    mode = fp16_accumulate and any(config.fp16_accumulate for config in configs() if config.arch == arch)
+    # Where fp16_accumulate gains nothing it is served by the kernels of the other mode.
+    forced = extension.get_override()
+    mode = (
+        fp16_accumulate
+        and (bool(forced) or not full_rate)
+        and any(config.fp16_accumulate for config in configs() if config.arch == arch)
+    )
     wanted = (_checks.name(x.dtype), _checks.name(weight.dtype), _checks.name(result), mode)
     chosen: Config | None = None
     candidates: list[Candidate] = []
@@ -185,7 +198,6 @@ def explain(
         what = f"{launches} launches, as x's rows do not lie at one stride, of {what}"
     if chosen is None:
         return Explanation(None, f"{what}: no shipped kernel can run", tuple(candidates))
-    forced = extension.get_override()
     reason = "forced by lbg.override" if forced else "the lowest predicted time, last resorts aside"
     return Explanation(chosen, f"{what}: {reason}", tuple(candidates))
 

@@ -151,7 +151,8 @@ def fused(
         out_dtype: float32 or weight's dtype; x's dtype if None.
         fp16_accumulate: permits products to be summed in float16 over chunks of 64 along K before they are added in
             float32: by NVIDIA's figures twice the rate on GeForce Ada, with an error like float16 rounding (3e-4 in
-            norm, at any K). Needs a float16 weight. The CPU and sm_90, where it gains nothing, accumulate in float32.
+            norm, at any K). Needs a float16 weight. Where it gains nothing (the CPU, sm_90, and L4, L40, L40S and
+            RTX 6000 Ada among sm_89), float32 accumulates.
         out: the tensor to write, [..., N], of any strides that do not overlap; its dtype is the result's.
 
     Returns:

@@ -31,6 +31,6 @@ int main(int count, char** texts) {
     p.m = whole(19), p.n = whole(20), p.k = whole(21);
     p.stride_xm = p.stride_wn = p.k, p.stride_om = p.n;
     p.stride_xk = p.stride_wk = p.stride_scale = p.stride_shift = p.stride_on = 1;
-    std::printf("%.9g\n", lbg::predicted_us(c, lbg::normalised(p), whole(22)));
+    std::printf("%.9g\n", lbg::predicted_us(c, lbg::normalised(p), {89, whole(22), false}));
   }
 }

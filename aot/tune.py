@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from aot import BuildError, audit, candidates, environment, evidence, journal, model, rules, selection
+from aot import BuildError, audit, candidates, costs, environment, evidence, journal, model, rules, selection
 from aot.candidates import Candidate, Excluded
 from aot.chips import REFERENCE
 from aot.compile import Artifact, Report
@@ -321,7 +321,8 @@ def _tile_fields(tile: Tile) -> dict[str, Any]:
 
 def costs_of(record: journal.Record, made: Package, rows: evidence.Rows, before: Mapping[str, Any]) -> dict[str, Any]:
     """The cost constants by symbol. A kernel that was fitted on as many shapes before keeps its own; others take the
-    fit of this run, and other classes of a kind that of the one which was measured (`of`)."""
+    fit of this run, and other classes of a kind that of the one which was measured (`of`). A bfloat16 kernel has none
+    beside its float16 twin's, which aot/costs.py takes for it."""
     from aot.fitting import Time, fit_all
 
     closing = set(made.conservative.values())
@@ -342,6 +343,8 @@ def costs_of(record: journal.Record, made: Package, rows: evidence.Rows, before:
         dtypes = measured_in[kind_of(made.arch, config.x, config.out, config.fp16_accumulate)]
         twin = replace(config, x=dtypes[0], weight=dtypes[1], out=dtypes[2]).symbol
         new, old = fitted.get(twin), standing.get(config.symbol)
+        if not old and config.weight == "bf16" and costs.float16_twin(config).symbol in found:
+            continue
         if old and (not new or old["shapes"] >= new["shapes"]):
             found[config.symbol] = old
         elif new:
@@ -389,8 +392,8 @@ def section(
         "kinds": {kind: {promise: [row.written() for row in some] for promise, some in promises.items()}
                   for kind, promises in rows.items()},
     }  # fmt: skip
-    costs = tune.get("costs") if verification else costs_of(record, made, rows, tune.get("costs", {}))
-    return found | ({"costs": costs} if costs else {}), log
+    made_costs = tune.get("costs") if verification else costs_of(record, made, rows, tune.get("costs", {}))
+    return found | ({"costs": made_costs} if made_costs else {}), log
 
 
 def refused(arch: int, rows: evidence.Rows, jobs: int) -> dict[tuple[str, str, Tile], str]:

@@ -14,7 +14,7 @@ pytest.importorskip("numpy")
 
 import numpy as np
 
-from aot import BuildError, candidates, configs, evidence, rules, selection, tune
+from aot import BuildError, candidates, configs, costs, evidence, rules, selection, tune
 from aot.candidates import Candidate, Excluded
 from aot.configs import CONFIGS, ROWS
 from aot.fitting import CONSTANTS, predicted_us
@@ -245,10 +245,14 @@ def test_every_row_of_a_choice_has_its_evidence(tmp_path: Path) -> None:
     counts = [sum(1 for c in configs.shipped(90, rows) if c.x == c.out == c.weight == "f16" and configs.regime(c) == r)
               for r in {configs.regime(c) for c in configs.shipped(90, rows)}]  # fmt: skip
     assert max(counts) < configs.MOST_IN_REGIME  # the conservative one closes every class
-    symbols = [
-        c.symbol for c in configs.shipped(90, rows) if c.aligned and configs.kind_of(90, c.x, c.out, False) == KIND
+    twins = [
+        costs.float16_twin(c).symbol
+        for c in configs.shipped(90, rows)
+        if c.aligned and configs.kind_of(90, c.x, c.out, False) == KIND
     ]
-    assert set(symbols) <= set(section["costs"]["kernels"]), "constants of float16's rows, and of bfloat16's by them"
+    kernels = section["costs"]["kernels"]
+    assert set(twins) <= set(kernels), "constants of float16's rows, and of bfloat16's by them"
+    assert not [symbol for symbol in kernels if "bf16" in symbol]
 
 
 def test_constants_of_more_shapes_stay_and_so_does_what_is_said_of_them(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 import lbg
 from aot import rules
+from tests import cases
 from tests.bench import fit
 from tests.cases import CLASSES, shapes
 
@@ -590,6 +591,18 @@ show(texts)"""
     with lbg.override(forced):
         chosen = lbg.explain(x, x, fp16_accumulate=True, arch=89, sm_count=142, full_rate=True).chosen
         assert chosen and chosen.symbol == forced
+
+
+def test_what_measures_asks_a_gpu_of_full_rate_for_fp16_accumulate() -> None:
+    x = torch.empty(64, 64, dtype=torch.float16, device="meta")
+    case, arguments = cases.Case(64, 64, 64, fp16_accumulate=True), cases.Arguments(x, x, x[0].float(), x[0].float())
+    for full_rate in (False, True):
+        ask = partial(lbg.explain, arch=89, sm_count=142, full_rate=full_rate)
+        found = fit.explain(case, arguments, ask)
+        assert found.candidates and all(c.config.fp16_accumulate and not c.why_not for c in found.candidates), found
+        kernels = {config.symbol: config for config in lbg.configs() if config.arch == 89}
+        assert any(kind[-1] for kind in fit.own_classes(kernels, full_rate)) != full_rate
+    assert lbg._C.get_override() == ""
 
 
 def test_a_gpu_of_full_rate_takes_large_tiles() -> None:

@@ -138,7 +138,7 @@ def _async(arch: int, dtypes: DTypes, few: bool) -> Iterator[Tile]:
             for warps in (4,) if m * n < 128 * 128 else (8,) if m * n > 128 * 128 or wide else (4, 8):
                 for ctas in (2, 1) if warps == 4 else (1,):
                     stages = min(MOST_STAGES, _async_stages(arch, x, m, n, k, ctas))
-                    if stages >= 3:  # two of two CTAs leave the loads' latency in sight: 14 % slower than predicted
+                    if stages >= 3:  # two of two CTAs leave the loads' latency in sight (docs/audit.md)
                         yield _async_tile(m, n, k, warps, stages, dtypes, few)
                         break
 

@@ -177,9 +177,9 @@ REFERENCE = {89: CHIPS["RTX 4090"], 90: CHIPS["H100 SXM"]}
 FULL_RATE = {89: CHIPS["L40S"]}
 
 
-def full_rate(gpu: str) -> bool:
-    """Of an sm_89 GPU by the name that the driver has for it (csrc/runtime.cpp): all but a GeForce."""
-    return "GeForce" not in gpu
+def is_full_rate(arch: int, gpu: str) -> bool:
+    """By the name that the driver has for the GPU, as csrc/runtime.cpp has it: any sm_89 one but a GeForce."""
+    return arch == 89 and "GeForce" not in gpu
 
 
 def named(name: str) -> Chip:

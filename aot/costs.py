@@ -13,8 +13,7 @@ from dataclasses import replace
 from functools import cache
 
 from aot import evidence, model
-from aot.chips import FULL_RATE, REFERENCE
-from aot.chips import full_rate as of_full_rate
+from aot.chips import FULL_RATE, REFERENCE, is_full_rate
 from aot.compile import Report
 from aot.configs import Config
 from aot.model import Cost
@@ -24,7 +23,7 @@ from aot.model import Cost
 def measured(arch: int, full_rate: bool = False) -> dict[str, Cost]:
     """By symbol; empty for an arch that has not been measured, or not on a GPU of that rate."""
     costs = evidence.read(arch)["tune"].get("costs", {})
-    if costs and arch in FULL_RATE and of_full_rate(costs["gpu"]) != full_rate:
+    if costs and is_full_rate(arch, costs["gpu"]) != full_rate:
         return {}
     return {symbol: Cost(**row["cost"]) for symbol, row in costs.get("kernels", {}).items()}
 

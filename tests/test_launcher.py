@@ -19,6 +19,7 @@ import torch
 
 import lbg
 from aot import rules
+from aot.chips import is_full_rate
 from tests import cases
 from tests.bench import fit
 from tests.cases import CLASSES, shapes
@@ -491,10 +492,11 @@ FULL_RATE = {
 @pytest.mark.parametrize(("gpu", "full_rate"), FULL_RATE.items())
 def test_dispatch_knows_a_gpu_of_full_rate(start: Start, gpu: str, full_rate: bool) -> None:
     """And launches what explain() says of such a GPU."""
-    sizes = [(m, n, k) for m, n, k in ((1, 4096, 4096), (300, 4096, 4096), (4096, 4096, 4096), (16384, 4096, 4096))]
+    sizes = [(1, 4096, 4096), (300, 4096, 4096), (4096, 4096, 4096), (16384, 4096, 4096)]
     outcome = start(f"show([lbg._C.gpu(0)[4], [launch(*s, x='float32', out='float32') for s in {sizes}]])", gpus=gpu)
     assert outcome.printed == [full_rate, [""] * len(sizes)]
-    _, arch, sm_count = gpu.split(":")
+    name, arch, sm_count = gpu.split(":")
+    assert is_full_rate(int(arch), name) == full_rate  # by which measured constants are taken for one kind or the other
     for (m, n, k), call in zip(sizes, outcome.of("cuLaunchKernelEx")):
         x, weight = torch.empty(m, k, device="meta"), torch.empty(n, k, dtype=torch.float16, device="meta")
         found = lbg.explain(x, weight, arch=int(arch), sm_count=int(sm_count), full_rate=full_rate)
@@ -549,23 +551,30 @@ def test_dispatch_takes_the_lowest_predicted_legal_kernel(
                 assert n % 8 == 0 or not found.chosen.out_aligned, found
 
 
-# arch and SM count of an RTX 4050, L4, an RTX 4070 Ti SUPER with some SMs more, 4090, L40S, and one that is not made
+# arch and SM count of an RTX 4050, an RTX 4070 Ti SUPER with some SMs more, 4090, an H100 PCIe and SXM, and of some
+# that are not made; of an L4 and an L40S, which are of full rate.
 SM_COUNTS = [(89, 20), (89, 58), (89, 72), (89, 128), (89, 142), (89, 200), (90, 114), (90, 132), (90, 200)]
+FULL_RATE_SM_COUNTS = [(89, 58), (89, 142)]
 MODES = [(torch.float16, False), (torch.float32, False), (torch.float16, True)]
 
 
 @cache
-def chosen_for(m: int, n: int, k: int, arch: int, sm_count: int, mode: tuple[torch.dtype, bool]) -> lbg.Explanation:
+def chosen_for(
+    m: int, n: int, k: int, arch: int, sm_count: int, mode: tuple[torch.dtype, bool], full_rate: bool = False
+) -> lbg.Explanation:
     x, weight = (torch.empty(rows, k, dtype=dtype, device="meta") for rows, dtype in ((m, mode[0]), (n, torch.float16)))
-    return lbg.explain(x, weight, fp16_accumulate=mode[1], arch=arch, sm_count=sm_count)
+    return lbg.explain(x, weight, fp16_accumulate=mode[1], arch=arch, sm_count=sm_count, full_rate=full_rate)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize(("arch", "sm_count"), SM_COUNTS)
-def test_dispatch_fits_the_tile_to_m(arch: int, sm_count: int, mode: tuple[torch.dtype, bool]) -> None:
+@pytest.mark.parametrize(
+    ("arch", "sm_count", "full_rate"),
+    [(*each, False) for each in SM_COUNTS] + [(*each, True) for each in FULL_RATE_SM_COUNTS],
+)
+def test_dispatch_fits_the_tile_to_m(arch: int, sm_count: int, full_rate: bool, mode: tuple[torch.dtype, bool]) -> None:
     for n, k in ((4096, 4096), (11008, 4096), (4096, 1024), (1024, 8192)):
         for m, least, most in ((1, 16, 64), (16, 16, 64), (64, 16, 64), (4096, 64, 256), (16384, 64, 256)):
-            found = chosen_for(m, n, k, arch, sm_count, mode)
+            found = chosen_for(m, n, k, arch, sm_count, mode, full_rate)
             assert found.chosen and found.chosen.aligned and least <= found.chosen.tile_m <= most, found
             assert m < 4096 or found.chosen.tile_n >= 64, found
     if sm_count in (128, 132) and not mode[1]:  # the GPUs that the tiles were chosen for
@@ -608,13 +617,10 @@ def test_what_measures_asks_a_gpu_of_full_rate_for_fp16_accumulate() -> None:
 def test_a_gpu_of_full_rate_takes_large_tiles() -> None:
     """There L2 bounds a large product, where a GeForce's tensor cores do."""
     for sm_count in (58, 142):
-        for m, n, k in ((4096, 4096, 4096), (16384, 4096, 4096), (8192, 8192, 8192)):
-            for dtype, least in ((torch.float16, 128 * 128), (torch.float32, 128 * 256)):
-                x, weight = (
-                    torch.empty(rows, k, dtype=d, device="meta") for rows, d in ((m, dtype), (n, torch.float16))
-                )
-                chosen = lbg.explain(x, weight, arch=89, sm_count=sm_count, full_rate=True).chosen
-                assert chosen and chosen.tile_m * chosen.tile_n >= least, (sm_count, m, n, k, chosen)
+        for sizes in ((4096, 4096, 4096), (16384, 4096, 4096), (8192, 8192, 8192)):
+            for mode, least in zip(MODES[:2], (128 * 128, 128 * 256)):
+                chosen = chosen_for(*sizes, 89, sm_count, mode, full_rate=True).chosen
+                assert chosen and chosen.tile_m * chosen.tile_n >= least, (sm_count, sizes, chosen)
 
 
 # M and the tiles of those kernels that took less than 3 % more than the best of all, N=K=4096, float16, on an H100.

@@ -42,7 +42,7 @@ class Config:
     shared_bytes: int
     registers: int
     ctas_per_sm: int
-    # What a predicted time is made of (csrc/lbg.h, predicted_us); for sm_89 GPUs of full rate (`explain`) it is other.
+    # What a predicted time is made of (csrc/lbg.h, predicted_us); sm_89 GPUs of full rate (`explain`) have their own.
     launch_us: float  # once a launch
     wave_us: float  # a wave of CTAs
     step_us: float  # one CTA's K step

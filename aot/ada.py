@@ -221,6 +221,6 @@ def store(acc, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, stride_om,
     columns = first_n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
     scale = gl.load(scale_ptr + columns, mask=columns < N, other=0.0)
     shift = gl.load(shift_ptr + columns, mask=columns < N, other=0.0)
-    y = relu_gelu(acc * scale[None, :] + shift[None, :])
+    y = relu_gelu(acc * scale[None, :] + shift[None, :], out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + (rows.to(gl.int64)[:, None] * stride_om + columns[None, :])
-    gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
+    gl.store(out_ptrs, y, mask=(rows[:, None] < M) & (columns[None, :] < N))

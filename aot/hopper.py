@@ -214,7 +214,7 @@ def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, st
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth if OUT_ALIGNED else 1
     LANES: gl.constexpr = min(32, TILE_N // VECTOR)
     STORE: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    y = relu_gelu(acc * scale + shift).to(out_ptr.dtype.element_ty)
+    y = relu_gelu(acc * scale + shift, out_ptr.dtype.element_ty)
     if ring.x.dtype != ring.weight.dtype:
         y = in_order(y)
     y = gl.convert_layout(y, STORE)
@@ -642,9 +642,12 @@ def column_vectors(result, first_n, N, COLUMNS: gl.constexpr):
     """(scale, shift) of COLUMNS columns, as finish() takes them."""
     _, _, scale_ptr, shift_ptr = result
     PART: gl.constexpr = accumulator_layout(COLUMNS, gl.num_ctas())
-    columns = first_n + gl.arange(0, COLUMNS, gl.SliceLayout(0, PART))
-    inside = columns < N
-    return gl.load(scale_ptr + columns, mask=inside, other=0.0), gl.load(shift_ptr + columns, mask=inside, other=0.0)
+    # Counted from the first: each address is then one constant past another, and needs no arithmetic.
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, PART))
+    inside = columns < N - first_n
+    scale = gl.load(scale_ptr + first_n + columns, mask=inside, other=0.0)
+    shift = gl.load(shift_ptr + first_n + columns, mask=inside, other=0.0)
+    return scale, shift
 
 
 @gluon.jit
@@ -675,7 +678,7 @@ def finish(
         if part + 1 < PARTS:
             vectors = column_vectors(result, first + COLUMNS, tiling.N, COLUMNS)
         acc_part = gl.convert_layout(parts[part], PART, assert_trivial=True)
-        y = relu_gelu(acc_part * gl.expand_dims(scale, 0) + gl.expand_dims(shift, 0)).to(rings.out.dtype)
+        y = relu_gelu(acc_part * gl.expand_dims(scale, 0) + gl.expand_dims(shift, 0), rings.out.dtype)
         if rings.x.dtype != rings.weight.dtype:
             y = in_order(y)
         buffer = rings.out.index(WHO * OUT_BUFFERS + part % OUT_BUFFERS)

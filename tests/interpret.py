@@ -24,7 +24,7 @@ from triton.runtime import interpreter
 
 from aot import kernels
 from tests import cases
-from tests.cases import BF16, CLASSES, F32, Case
+from tests.cases import BF16, CLASSES, F16, F32, Case
 
 Row = tuple[str, float, float]
 TILE = (16, 32, 32)
@@ -123,16 +123,21 @@ def layouts() -> Iterator[Row]:
 @triton.jit
 def epilogue(v_ptr, y_ptr, SIZE: tl.constexpr):
     offsets = tl.arange(0, SIZE)
-    tl.store(y_ptr + offsets, kernels.relu_gelu(tl.load(v_ptr + offsets)))
+    tl.store(y_ptr + offsets, kernels.relu_gelu(tl.load(v_ptr + offsets), y_ptr.dtype.element_ty))
 
 
-def relu_gelu(v: Tensor) -> Tensor:
+def relu_gelu(v: Tensor, dtype: torch.dtype) -> Tensor:
     """The kernel family's epilogue on float32 values."""
     padded = torch.zeros(1 << max(0, (len(v) - 1).bit_length()))
     padded[: len(v)] = v
-    y = torch.empty_like(padded)
+    y = torch.empty_like(padded, dtype=dtype)
     epilogue[(1,)](padded, y, len(padded))
     return y[: len(v)]
+
+
+# By the result's dtype, the largest relative error of a result that is normal: of the fit, which float32's rounding
+# adds to, or which is added to half a unit in the last place.
+ACTIVATION_BOUNDS = {F32: 1e-6, F16: 2.0**-11 + 1.1e-4, BF16: 2.0**-8 + 1.1e-4}
 
 
 def activation() -> Iterator[Row]:
@@ -150,24 +155,21 @@ def activation() -> Iterator[Row]:
             return result
 
         interpreter.InterpreterBuilder.create_exp2 = approximate
-        difference = (relu_gelu(v).double() - expected).abs()
-        what = f"relu_gelu over [-40, 40] and both extremes, exp2 off by {off:g}"
-        yield f"{what}, over max(1, |y|)", (difference / expected.clamp_min(1)).max().item(), 4.5e-7
-        normal = expected > 2.0**-126
-        yield f"{what}, relative", (difference[normal] / expected[normal]).max().item(), 1e-6
+        for dtype, bound in ACTIVATION_BOUNDS.items():
+            difference = (relu_gelu(v, dtype).double() - expected).abs()
+            what = f"relu_gelu to {dtype} over [-40, 40] and both extremes, exp2 off by {off:g}"
+            if dtype == F32:
+                yield f"{what}, over max(1, |y|)", (difference / expected.clamp_min(1)).max().item(), 4.5e-7
+            limits = torch.finfo(dtype)
+            normal = (expected > limits.smallest_normal) & (expected < limits.max)
+            yield f"{what}, relative", (difference[normal] / expected[normal]).max().item(), bound
+            yield f"{what}, where it is 0", difference[expected == 0].max().item(), 0
     interpreter.InterpreterBuilder.create_exp2 = exact
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 3.4e38, -3.4e38])
     wanted = torch.tensor([torch.inf, 0, torch.nan, 0, 0, 3.4e38, 0])
-    yield (
-        f"relu_gelu({special.tolist()})",
-        float(not torch.equal(*map(torch.nan_to_num, (relu_gelu(special), wanted)))),
-        0,
-    )
-    yield (
-        "relu_gelu keeps NaN and infinity",
-        float(relu_gelu(special).isfinite().int().tolist() != [0, 1, 0, 1, 1, 1, 1]),
-        0,
-    )
+    for dtype in ACTIVATION_BOUNDS:
+        same = torch.allclose(relu_gelu(special, dtype), wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
+        yield f"relu_gelu({special.tolist()}) to {dtype}", float(not same), 0
 
 
 def special_values() -> Iterator[Row]:

@@ -85,10 +85,9 @@ def tile_from(config: Config) -> Tile:
 
 
 def describe(tile: Tile) -> str:
-    box = f", boxes of {tile.x_box}" if tile.x_box else ""
     ctas = f", {tile.cluster} CTAs" if tile.cluster > 1 else ""
     tiles = f"{tile.tile_m}x{tile.tile_n}x{tile.tile_k} {tile.kernel}"
-    return f"{tiles}, {tile.warps} warps, {tile.stages} stages{box}{ctas}"
+    return f"{tiles}, {tile.warps} warps, {tile.stages} stages{ctas}"
 
 
 def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple[Tile, str]]:
@@ -169,13 +168,10 @@ def _held(m: int, n: int, warps: int, operands: int, unit_k: int) -> int:
 
 # ---- sm_90: aot/hopper.py
 
-# (tile_m, tile_n, K step): rows of x that a load brings.
-RING_SHAPES = {
-    (64, 32, 64): (16, 64), (64, 32, 128): (16, 32, 64), (64, 32, 256): (16,), (64, 64, 64): (16, 64),
-    (64, 64, 128): (16, 64), (64, 128, 64): (16, 64), (64, 128, 128): (64,), (64, 256, 64): (64,),
-    (128, 64, 64): (128,), (128, 128, 64): (64, 128), (128, 256, 64): (128,),
-}  # fmt: skip
-RING_NARROW = ((64, 64, 128),)  # of a 16-bit x alone: of a float32 one, on an H100, the best at no shape
+RING_SHAPES = (
+    (64, 32, 64), (64, 32, 128), (64, 32, 256), (64, 64, 64), (64, 64, 128), (64, 128, 64), (64, 128, 128),
+    (64, 256, 64), (128, 64, 64), (128, 128, 64), (128, 256, 64)
+)  # fmt: skip
 RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 128, 64), (128, 128, 64))
 # The last of a 16-bit x alone, and the last of PINGPONG_SHAPES of a float32 one: else, on an H100, 5 % or more behind
 # the best at every shape.
@@ -193,16 +189,13 @@ def _ring(dtypes: DTypes, few: bool) -> Iterator[Tile]:
     """As many stages as fit for one CTA an SM; of the small tiles, for two CTAs besides."""
     x, _, out, _ = dtypes
     chip = LIMITS[90]
-    for (m, n, k), boxes in RING_SHAPES.items():
-        if (few and (m, n, k) not in RING_FEW) or (x == "f32" and (m, n, k) in RING_NARROW):
-            continue
+    for m, n, k in RING_FEW if few else RING_SHAPES:
         each = (m * ELEMENT_BYTES[x] + n * 2) * k
         result = m * n * ELEMENT_BYTES[out]  # goes through shared memory to another layout
         for ctas in (1, 2) if (m, n) in ((64, 32), (64, 64)) and k == 64 else (1,):
             room = min(chip.shared_block_bytes, chip.shared_bytes // ctas - SYSTEM_SHARED_BYTES)
             stages = min(MOST_STAGES, (room - result - BARRIER_BYTES) // each)
-            for box in boxes[-1:] if few or ctas == 2 else boxes:
-                yield Tile(m, n, k, m // 16 + 4, stages, kernel="ring", x_box=box)
+            yield Tile(m, n, k, m // 16 + 4, stages, kernel="ring")
 
 
 def _persistent(

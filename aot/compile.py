@@ -180,9 +180,9 @@ def tma_signature(
             out_type = tensor_map(config.out, rows, config.tile_n // config.epilogue_parts, True)
     types = {
         # The ring kernel loads an operand 128 bytes wide, a swizzle's width.
-        "x": tensor_map(config.x, config.tile_m // config.cluster if ws else config.x_box,
+        "x": tensor_map(config.x, config.cta_rows,
                         config.tile_k if ws else 128 // ELEMENT_BYTES[config.x], True),
-        "weight": tensor_map(config.weight, config.tile_n, config.tile_k if ws else 64),
+        "weight": tensor_map(config.weight, config.weight_box, config.tile_k if ws else 64),
         "scale_ptr": "*fp32",
         "shift_ptr": "*fp32",
         out: out_type,
@@ -362,9 +362,13 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     bodies = sass.loops(instructions)
     main = sass.main_loop(bodies)
     roles = config.consumers  # each with a main loop and an epilogue of its own
-    loaders = [i for body in sass.innermost(bodies, "TMA load") if not any(map(sass.is_mma, body)) for i in body]
+    loading = [body for body in sass.innermost(bodies, "TMA load") if not any(map(sass.is_mma, body))]
+    if config.pieces > 1:  # whose loops bring less of the weight
+        loading = [max(loading, key=lambda body: sass.mix(body)["TMA load"])]
+    loaders = [i for body in loading for i in body]
     ctas = ctas_per_sm(config, registers, compiled.shared_bytes)
     outputs = config.tiles_at_once * config.cta_rows * config.tile_n * ELEMENT_BYTES[config.out]
+    outputs += sum(outputs // pieces for pieces in (2, 4) if pieces <= config.pieces)  # their code stores too
     report = Report(
         symbol=config.symbol,
         arch=cubin_arch,

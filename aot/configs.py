@@ -43,7 +43,6 @@ class Config:
     # tile rows that share a pass over the weight, so that what is in flight stays in L2; hopper.py has its own
     group_m: int = rules.GROUP_M
     kernel: str = "tile"  # aot/kernels.py's lbg_fused; "async" of ada.py; "ring", "ws", "pingpong" of hopper.py
-    x_box: int = 0  # ring: rows of x that are loaded at a time
     warps_m: int = 0  # async: of the warps, how many lie along M
     unit_k: int = 0  # async: how deep the operands are that a warp holds in registers, twice
     cluster: int = 1  # ws: CTAs that share a tile, half of its rows each
@@ -53,8 +52,7 @@ class Config:
     def symbol(self) -> str:
         x = self.x if self.x == self.weight else f"{self.x}as{self.weight}"
         mode = "_acc16" if self.fp16_accumulate else ""
-        ring = f"_b{self.x_box}_ring"
-        kind = {"tile": "", "async": "_async", "ring": ring, "ws": "_ws", "pingpong": "_pp"}[self.kernel]
+        kind = {"tile": "", "async": "_async", "ring": "_ring", "ws": "_ws", "pingpong": "_pp"}[self.kernel]
         kind = f"_c{self.cluster}{kind}" if self.cluster > 1 else kind
         kind += "" if self.out_aligned else "_anyout" if self.aligned else "_any"
         return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{self.stages}{kind}"
@@ -68,6 +66,17 @@ class Config:
     def persistent(self) -> bool:
         """Whether its CTAs walk the tiles."""
         return self.kernel in PERSISTENT
+
+    @property
+    def pieces(self) -> int:
+        """Most that it cuts a tile of a last wave into: no narrower than a part of the result. Where that goes through
+        threads' registers to any address, code for four has spilled."""
+        return min(4 if self.out_aligned else 2, self.epilogue_parts) if self.kernel == "ws" else 1
+
+    @property
+    def weight_box(self) -> int:
+        """Rows of weight that a load brings, through a tensor map: the smallest piece's."""
+        return self.tile_n // self.pieces
 
     @property
     def program_warps(self) -> int:
@@ -124,7 +133,6 @@ class Tile:
     stages: int
     epilogue_parts: int = 1
     kernel: str = "tile"
-    x_box: int = 0
     warps_m: int = 0
     unit_k: int = 0
     cluster: int = 1
@@ -205,7 +213,7 @@ def regime(config: Config) -> str:
     """The M that a tile is for. A generic kernel is of every regime, its last resort."""
     if not config.aligned:
         return "any M"
-    rows = config.x_box or config.tile_m
+    rows = config.tile_m
     size = "few rows" if rows <= 32 else "some rows" if rows == 64 else "many rows" if rows == 128 else "most rows"
     return size if config.out_aligned else f"{size}, any result"
 

@@ -40,7 +40,9 @@ def local(argument: str, artifact: Artifact) -> str:
     if box := artifact.boxes.get(argument):
         rows, columns, stride = MATRICES[argument]
         dtype = C_DTYPES[getattr(artifact.config, argument)]
-        return DESCRIPTOR.format(**locals() | {"box": ", ".join(map(str, box))})
+        ring = artifact.config.kernel == "ring"
+        in_box = (f"box_rows(problem.{rows}, {box[0]})" if ring else box[0], *box[1:])
+        return DESCRIPTOR.format(**locals() | {"box": ", ".join(map(str, in_box))})
     if argument in (*POINTERS, *MATRICES):
         return f"auto* {argument} = operands.{argument.removesuffix('_ptr')};"
     value = f"problem.{argument.lower()}"
@@ -70,12 +72,12 @@ def launcher(index: int, artifact: Artifact) -> str:
 def row(index: int, artifact: Artifact) -> str:
     config, report = artifact.config, artifact.report
     costs = ", ".join(f"{{{', '.join(map(str, astuple(cost(config, report, rate))))}}}" for rate in (False, True))
-    promises = (config.fp16_accumulate, config.aligned, config.out_aligned, config.tma, config.persistent)
-    flags = ", ".join(str(flag).lower() for flag in promises)
+    promises = (config.fp16_accumulate, config.aligned, config.out_aligned)
+    flags = ", ".join(str(flag).lower() for flag in (*promises, config.tma, config.persistent))
     return (
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '
         f"{C_DTYPES[config.out]}, {flags}, {config.tile_m}, {config.tile_n}, {config.tile_k}, {config.warps}, "
-        f"{config.stages}, {config.x_box}, {config.cluster}, {report.shared_bytes}, {report.registers}, "
+        f"{config.stages}, {config.cluster}, {config.pieces}, {report.shared_bytes}, {report.registers}, "
         f"{max(1, report.ctas_per_sm['all'])}, {REFERENCE[report.arch].l2_share}, {costs}, "
         f"lbg_cubin_{index}, {report.size_bytes}, launch_{index}}},"
     )

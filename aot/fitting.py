@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aot.chips import REFERENCE
-from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, Launched, late_us, places
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, Launched, cut, late_us, piece_share, places
 
 HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
 
@@ -45,8 +45,6 @@ class Kernel(Launched, Protocol):
     @property
     def fp16_accumulate(self) -> bool: ...
     @property
-    def x_box(self) -> int: ...
-    @property
     def ctas_per_sm(self) -> int: ...
 
 
@@ -62,8 +60,8 @@ class Run(Protocol):
 
 
 CONSTANTS = (
-    "launch_us", "wave_us", "step_us", "latency_us", "crowd_us", "off32_us", "off64_us", "off128_us", "fill_us",
-    "box_us", "dram_bytes_per_us"
+    "launch_us", "wave_us", "step_us", "latency_us", "crowd_us", "off32_us", "off64_us", "off128_us",
+    "dram_bytes_per_us"
 )  # fmt: skip
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
@@ -85,9 +83,9 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
     most = sms * config.ctas_per_sm
     whole, rest = ctas // most, ctas % most
     starts = row_bytes(config, shapes)
-    boxes = -(-np.minimum(m, config.tile_m) // config.x_box) if config.x_box else 1
     busy, memory = np.zeros((2, len(shapes), len(CONSTANTS)))
-    for waves, at_once in ((whole, most), (rest > 0, rest)):
+    pieces = cut(config, rest, most)
+    for waves, at_once in ((whole, most), ((rest > 0) * piece_share(pieces), rest * pieces)):
         fullest, per_sm = -(-at_once // sms), at_once / sms
         by_step = fullest * linear[2] > linear[3]
         busy[:, 1] += waves
@@ -96,10 +94,8 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
         busy[:, 4] += waves * steps * per_sm
         for column, unit in ((5, 32), (6, 64), (7, 128)):
             busy[:, column] += waves * steps * per_sm * (starts % unit != 0)
-        busy[:, 8] += waves * steps * per_sm * np.maximum(config.x_box - m, 0)
-        busy[:, 9] += waves * steps * (boxes - 1)
     x_reads, weight_reads = reads(config, shapes, most, REFERENCE[config.arch].l2_share * sm_count)
-    memory[:, 10] = (x_reads * m * k * x + weight_reads * n * k * weight + m * n * out) / sm_count
+    memory[:, 8] = (x_reads * m * k * x + weight_reads * n * k * weight + m * n * out) / sm_count
     busy_us, memory_us = busy @ linear, memory @ linear
     both_us = (busy_us**4 + memory_us**4) ** 0.25
     rows = busy * ((busy_us / both_us) ** 3)[:, None] + memory * ((memory_us / both_us) ** 3)[:, None]

@@ -11,6 +11,10 @@ that half while the next tile's operands are on their way: a tile twice as large
 whole tiles by turns ("ping-pong"): while one finishes its tile the other multiplies, and of a short K or of few waves
 of tiles less time is lost.
 
+The tiles that are left for a last wave would keep few SMs busy, each for as long as all of them: where the consumers
+share a tile, these are cut into two or four pieces side by side, if all the pieces have a place in that wave. Which
+elements are computed together has no part in their bits.
+
 Two CTAs of lbg_fused_ws may be a cluster: its tile is twice as high, each computes half of the rows, and both get the
 weight from one load. That is for rows that start off 32 bytes, whose every 128 bytes lie in five sectors of L2: L2 then
 bounds the kernel, and a third of its bytes are spared. On an H100 4096x4096x4088 takes 200 us for 281, a float32 x 242
@@ -80,7 +84,7 @@ def lbg_fused_ring(
 ):
     # Neighbours share rows of the weight.
     tiles_m = gl.cdiv(M, TILE_M)
-    first_m = gl.program_id(0) % tiles_m * TILE_M
+    first_m = full_box(gl.program_id(0) % tiles_m * TILE_M, M, TILE_M)
     first_n = full_box(gl.program_id(0) // tiles_m * TILE_N, N, TILE_N)
     if tiles_m <= ASK_TILES_M:
         ask_l2(weight_ptr, stride_wn, first_n, N, K, TILE_N, whole_power(STAGES * TILE_K))
@@ -91,7 +95,6 @@ def lbg_fused_ring(
         mbarrier.allocate_mbarrier(batch=STAGES),
         TILE_K,
         STAGES,
-        x.block_shape[0],
     )
     for stage in gl.static_range(STAGES):
         mbarrier.init(ring.full.index(stage), count=2)  # either loader
@@ -149,7 +152,6 @@ class Ring:
     empty: gl.shared_memory_descriptor
     TILE_K: gl.constexpr
     STAGES: gl.constexpr
-    X_BOX: gl.constexpr  # rows of x that one load brings
 
     @gluon.jit
     def next(self, stage, phase):
@@ -171,28 +173,33 @@ def full_box(first, rows, BOX: gl.constexpr):
     return gl.minimum(first, gl.maximum(rows - BOX, 0))
 
 
+@gluon.constexpr_function
+def box_sizes(most):
+    """0, and the sizes that csrc/lbg.h's box_rows() gives a box of at most so many rows."""
+    return (0, 1, 2, 4, *range(8, most + 1, 8))
+
+
 @gluon.jit
 def fill_ring(ring, slots, desc, first, rows, K, POLICY: gl.constexpr):
-    """Brings one operand's rows from `first` on into its slots, K ascending, as they come free."""
+    """Brings one operand's rows from `first` on into its slots, K ascending, as they come free. A matrix of fewer rows
+    than a tile has a smaller box, and the rest of a slot stays as it is: what is multiplied with it is not stored."""
     BOX: gl.constexpr = desc.block_shape[0]
-    BOXES: gl.constexpr = slots.shape[1] // BOX
+    SIZES: gl.constexpr = box_sizes(BOX)
     PART_K: gl.constexpr = desc.block_shape[1]
     PARTS: gl.constexpr = ring.TILE_K // PART_K
-    # A box past the last row stays as it is: what is multiplied with it is not stored.
-    boxes = gl.minimum(gl.cdiv(rows - first, BOX), BOXES)
+    ROW_BYTES: gl.constexpr = PARTS * desc.nbytes_per_cta // BOX
     stage = 0
     phase = 1  # every slot is free in the first round
     for k in range(0, K, ring.TILE_K):
         full = ring.full.index(stage)
         mbarrier.wait(ring.empty.index(stage), phase)
-        for count in gl.static_range(1, BOXES + 1):
-            mbarrier.expect(full, count * PARTS * desc.nbytes_per_cta, pred=boxes == count)
-        for box in gl.static_range(BOXES):
-            if box < boxes:
-                row = full_box(first + box * BOX, rows, BOX)
-                for part in gl.static_range(PARTS):
-                    slot = slots.index(stage * PARTS + part).slice(box * BOX, BOX)
-                    tma.async_load(desc, [row, k + part * PART_K], full, slot, cache_policy=POLICY)
+        mbarrier.expect(full, BOX * ROW_BYTES, pred=rows > SIZES[-2])
+        for size in gl.static_range(1, len(SIZES) - 1):
+            fits = (rows > SIZES[size - 1]) & (rows <= SIZES[size])
+            mbarrier.expect(full, SIZES[size] * ROW_BYTES, pred=fits)
+        for part in gl.static_range(PARTS):
+            slot = slots.index(stage * PARTS + part)
+            tma.async_load(desc, [first, k + part * PART_K], full, slot, cache_policy=POLICY)
         stage, phase = ring.next(stage, phase)
 
 
@@ -218,14 +225,11 @@ def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, st
     if ring.x.dtype != ring.weight.dtype:
         y = in_order(y)
     y = gl.convert_layout(y, STORE)
-    in_tile = gl.arange(0, TILE_M, gl.SliceLayout(1, STORE))
-    box = first_m + in_tile // ring.X_BOX * ring.X_BOX
-    rows = gl.expand_dims(full_box(box, M, ring.X_BOX) + in_tile % ring.X_BOX, 1)
-    stored = gl.expand_dims(box < M, 1) & (rows < M)
+    rows = gl.expand_dims(first_m + gl.arange(0, TILE_M, gl.SliceLayout(1, STORE)), 1)
     if OUT_ALIGNED:
         first_n = gl.multiple_of(first_n, 8)
     cols = gl.expand_dims(first_n + gl.arange(0, TILE_N, gl.SliceLayout(0, STORE)), 0)
-    gl.store(out_ptr + rows.to(gl.int64) * stride_om + cols, y, mask=stored & (cols < N))
+    gl.store(out_ptr + rows.to(gl.int64) * stride_om + cols, y, mask=(rows < M) & (cols < N))
 
 
 @gluon.jit
@@ -347,6 +351,7 @@ class Tiling:
     TILE_N: gl.constexpr
     TILE_K: gl.constexpr
     IN_TURN: gl.constexpr  # consumers take whole tiles by turns; else each has half of every tile's rows
+    PIECES: gl.constexpr  # that a tile may be cut into: aot/configs.py's, and so the launcher's
 
     @gluon.jit
     def steps(self):
@@ -357,11 +362,36 @@ class Tiling:
         return gl.cdiv(self.M, self.TILE_M) * gl.cdiv(self.N, self.TILE_N)
 
     @gluon.jit
-    def origin(self, tile):
-        """(first row, first column) of the tile-th tile; an edge's begins early enough to be whole."""
+    def cut(self):
+        """Into how many pieces side by side the tiles of the last wave are cut, so that all of them have a place."""
+        cut = 1
+        for pieces in gl.static_range(2, self.PIECES + 1, 2):
+            cut = gl.where(pieces * self.last() <= gl.num_programs(0), pieces, cut)
+        return cut
+
+    @gluon.jit
+    def last(self):
+        """Tiles of the last wave."""
+        return self.count() % gl.num_programs(0)
+
+    @gluon.jit
+    def whole(self):
+        """Tiles that are not cut."""
+        return gl.where(self.cut() > 1, self.count() - self.last(), self.count())
+
+    @gluon.jit
+    def is_cut(self, piece, pieces):
+        """Whether the tiles of the last wave are cut into so many, and this is one of them."""
+        return (self.cut() == pieces) & (piece < pieces * self.last())
+
+    @gluon.jit
+    def origin(self, tile, piece, COLUMNS: gl.constexpr):
+        """(first row, first column) of a piece of COLUMNS of the tile-th tile; an edge's begins early enough to be
+        whole."""
         tiles_m, tiles_n = gl.cdiv(self.M, self.TILE_M), gl.cdiv(self.N, self.TILE_N)
         tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, gl.where(tiles_n > FEW_COLUMNS, 8, 4))
-        return full_box(tile_m * self.TILE_M, self.M, self.TILE_M), full_box(tile_n * self.TILE_N, self.N, self.TILE_N)
+        first_n = tile_n * self.TILE_N + piece * COLUMNS
+        return full_box(tile_m * self.TILE_M, self.M, self.TILE_M), full_box(first_n, self.N, COLUMNS)
 
 
 @gluon.aggregate
@@ -420,7 +450,7 @@ def lbg_fused_ws(
     SPLIT: gl.constexpr = split_rows(gl.num_ctas())
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], OUT_DTYPE, cga_layout=SPLIT)
     X_BOXES: gl.constexpr = gl.num_ctas()
-    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, IN_TURN)
+    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, IN_TURN, TILE_N // weight.block_shape[0])
     x_slots = gl.allocate_shared_memory(x.dtype, [STAGES * X_BOXES, TILE_M // X_BOXES, TILE_K], x.layout)
     weight_slots = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_N, TILE_K], weight.layout)
     out_slots = gl.allocate_shared_memory(OUT_DTYPE, [2 * OUT_BUFFERS, ROWS, COLUMNS], OUT_LAYOUT)
@@ -443,9 +473,9 @@ def lbg_fused_ws(
     begin_in_earnest()
     gl.warp_specialize(
         [
-            (consume, (0, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
-            (consume, (1, result, rings, tiling, EPILOGUE_PARTS, OUT_BY_TMA)),
-            (load_wide if ROUNDS else load, (x, weight, rings, tiling)),
+            (consume, (0, result, rings, tiling, OUT_BY_TMA)),
+            (consume, (1, result, rings, tiling, OUT_BY_TMA)),
+            (load, (x, weight, rings, tiling)),
         ],
         worker_num_warps=[4, 1],
         worker_num_regs=[232, 24],
@@ -471,33 +501,37 @@ def allocate_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
 @gluon.jit
 def load(x, weight, rings, tiling):
-    # What lies past the end of K is read as 0, and so are rows of a matrix smaller than a tile, which are not stored:
-    # there is no tail and no mask.
     step = 0
-    for tile in range(gl.program_id(0), tiling.count(), gl.num_programs(0)):
-        first_m, first_n = tiling.origin(tile)
-        for k in range(0, tiling.K, tiling.TILE_K):
-            stage, parity = stage_of(step, rings.full)
-            BYTES: gl.constexpr = rings.X_BOXES * x.nbytes_per_cta + weight.nbytes_per_cta
-            full = emptied(rings.full, rings.empty, stage, parity, BYTES)
-            load_x(x, first_m, k, full, rings, stage)
-            load_weight(weight, first_n, k, full, rings, stage, parity)
-            step += 1
+    for tile in range(gl.program_id(0), tiling.whole(), gl.num_programs(0)):
+        step = load_tile(x, weight, tile, 0, step, rings, tiling, tiling.TILE_N)
+    piece = gl.program_id(0)
+    for pieces in gl.static_range(2, tiling.PIECES + 1, 2):
+        if tiling.is_cut(piece, pieces):
+            tile, nth = tiling.whole() + piece // pieces, piece % pieces
+            load_tile(x, weight, tile, nth, step, rings, tiling, tiling.TILE_N // pieces)
 
 
 @gluon.jit
-def load_wide(x, weight, rings, tiling):
-    """load() of a float32 x."""
-    step = 0
-    for tile in range(gl.program_id(0), tiling.count(), gl.num_programs(0)):
-        first_m, first_n = tiling.origin(tile)
-        for k in range(0, tiling.K, tiling.TILE_K):
-            stage, parity = stage_of(step, rings.full)
-            x_full = emptied(rings.x_full, rings.x_empty, stage, parity, rings.X_BOXES * x.nbytes_per_cta)
+def load_tile(x, weight, tile, piece, step, rings, tiling, COLUMNS: gl.constexpr):
+    """Brings the operands of a tile, or of a piece of COLUMNS, in; the ring's next step."""
+    # What lies past the end of K is read as 0, and so are rows of a matrix smaller than a tile, which are not stored:
+    # there is no tail and no mask.
+    WIDE: gl.constexpr = x.dtype != weight.dtype
+    X_BYTES: gl.constexpr = rings.X_BOXES * x.nbytes_per_cta
+    WEIGHT_BYTES: gl.constexpr = COLUMNS // weight.block_shape[0] * weight.nbytes_per_cta
+    first_m, first_n = tiling.origin(tile, piece, COLUMNS)
+    for k in range(0, tiling.K, tiling.TILE_K):
+        stage, parity = stage_of(step, rings.full)
+        if WIDE:
+            x_full = emptied(rings.x_full, rings.x_empty, stage, parity, X_BYTES)
             load_x(x, first_m, k, x_full, rings, stage)
-            full = emptied(rings.full, rings.empty, stage, parity, weight.nbytes_per_cta)
-            load_weight(weight, first_n, k, full, rings, stage, parity)
-            step += 1
+            full = emptied(rings.full, rings.empty, stage, parity, WEIGHT_BYTES)
+        else:
+            full = emptied(rings.full, rings.empty, stage, parity, X_BYTES + WEIGHT_BYTES)
+            load_x(x, first_m, k, full, rings, stage)
+        load_weight(weight, first_n, k, full, rings, stage, parity, COLUMNS)
+        step += 1
+    return step
 
 
 @gluon.jit
@@ -516,10 +550,13 @@ def load_x(x, first_m, k, full, rings, stage):
 
 
 @gluon.jit
-def load_weight(weight, first_n, k, full, rings, stage, parity):
+def load_weight(weight, first_n, k, full, rings, stage, parity, COLUMNS: gl.constexpr):
     if gl.num_ctas() > 1:
         mbarrier.wait(rings.both_empty.index(stage), parity ^ 1)  # the first CTA alone, which loads for both
-    tma.async_load(weight, [first_n, k], full, rings.weight.index(stage), multicast=gl.num_ctas() > 1)
+    BOX: gl.constexpr = weight.block_shape[0]
+    for box in gl.static_range(COLUMNS // BOX):
+        slot = rings.weight.index(stage).slice(box * BOX, BOX)
+        tma.async_load(weight, [first_n + box * BOX, k], full, slot, multicast=gl.num_ctas() > 1)
 
 
 @gluon.jit
@@ -533,56 +570,78 @@ def x_rows(FIRST_ROW: gl.constexpr, rings, stage):
 
 
 @gluon.jit
-def consume(WHO: gl.constexpr, result, rings, tiling, PARTS: gl.constexpr, OUT_BY_TMA: gl.constexpr):
-    ROWS: gl.constexpr = rings.out.shape[1]
-    COLUMNS: gl.constexpr = rings.out.shape[2]
-    ACCUMULATOR: gl.constexpr = accumulator_layout(tiling.TILE_N, gl.num_ctas())
-    zeros = gl.zeros([ROWS, tiling.TILE_N], gl.float32, ACCUMULATOR)
-    FIRST_ROW: gl.constexpr = 0 if tiling.IN_TURN else WHO * ROWS
+def consume(WHO: gl.constexpr, result, rings, tiling, OUT_BY_TMA: gl.constexpr):
     TURNS: gl.constexpr = 2 if tiling.IN_TURN else 1
     TURN: gl.constexpr = WHO if tiling.IN_TURN else 0
     step = TURN * tiling.steps()
     parity = WHO ^ 1  # of the turn; the first is the first consumer's
-    for tile in range(gl.program_id(0) + TURN * gl.num_programs(0), tiling.count(), TURNS * gl.num_programs(0)):
-        first_m, first_n = tiling.origin(tile)
+    for tile in range(gl.program_id(0) + TURN * gl.num_programs(0), tiling.whole(), TURNS * gl.num_programs(0)):
         if tiling.IN_TURN:
             # A wait tells odd rounds of a ring from even ones, no more: none may begin while the other's steps are out.
             mbarrier.wait(rings.turn.index(WHO), parity)
             parity ^= 1
-        if rings.x.dtype == rings.weight.dtype:
-            acc = multiply(FIRST_ROW, rings, zeros, step, False)
-            step += 1
-            for _ in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
-                acc = multiply(FIRST_ROW, rings, acc, step, True)
-                # With this step's product under way, the last one's operands are done with.
-                acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
-                release(rings, step - 1)
-                step += 1
-            end_turn(WHO, rings, tiling)
-            vectors = column_vectors(result, first_n, tiling.N, COLUMNS)
-            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-            release(rings, step - 1)
-        else:
-            acc = zeros
-            x = rounded(FIRST_ROW, rings, step, ACCUMULATOR)
-            for k in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
-                acc = multiply_rounded(x, rings, acc, step, k > tiling.TILE_K)
-                next_x = rounded(FIRST_ROW, rings, step + 1, ACCUMULATOR)
-                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-                release(rings, step)
-                x = next_x
-                step += 1
-            acc = multiply_rounded(x, rings, acc, step, tiling.K > tiling.TILE_K)
-            end_turn(WHO, rings, tiling)
-            vectors = column_vectors(result, first_n, tiling.N, COLUMNS)
-            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-            release(rings, step)
-            step += 1
-        finish(WHO, acc, vectors, first_m + FIRST_ROW, first_n, result, rings, tiling, PARTS, OUT_BY_TMA)
+        step = consume_tile(WHO, tile, 0, step, result, rings, tiling, tiling.TILE_N, OUT_BY_TMA)
         if tiling.IN_TURN:
             step += tiling.steps()  # the other's
+    piece = gl.program_id(0)
+    for pieces in gl.static_range(2, tiling.PIECES + 1, 2):
+        if tiling.is_cut(piece, pieces):
+            tile, nth = tiling.whole() + piece // pieces, piece % pieces
+            consume_tile(WHO, tile, nth, step, result, rings, tiling, tiling.TILE_N // pieces, OUT_BY_TMA)
     if OUT_BY_TMA:
         tma.store_wait(0)
+
+
+@gluon.jit
+def consume_tile(
+    WHO: gl.constexpr,
+    tile,
+    piece,
+    step,
+    result,
+    rings,
+    tiling,
+    COLUMNS: gl.constexpr,
+    OUT_BY_TMA: gl.constexpr,
+):
+    """Multiplies, finishes and stores one consumer's rows of a tile, or of a piece of COLUMNS; the ring's next step."""
+    ROWS: gl.constexpr = rings.out.shape[1]
+    PART: gl.constexpr = rings.out.shape[2]
+    ACCUMULATOR: gl.constexpr = accumulator_layout(COLUMNS, gl.num_ctas())
+    FIRST_ROW: gl.constexpr = 0 if tiling.IN_TURN else WHO * ROWS
+    zeros = gl.zeros([ROWS, COLUMNS], gl.float32, ACCUMULATOR)
+    first_m, first_n = tiling.origin(tile, piece, COLUMNS)
+    if rings.x.dtype == rings.weight.dtype:
+        acc = multiply(FIRST_ROW, rings, zeros, step, COLUMNS, False)
+        step += 1
+        for _ in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
+            acc = multiply(FIRST_ROW, rings, acc, step, COLUMNS, True)
+            # With this step's product under way, the last one's operands are done with.
+            acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
+            release(rings, step - 1)
+            step += 1
+        end_turn(WHO, rings, tiling)
+        vectors = column_vectors(result, first_n, tiling.N, PART)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        release(rings, step - 1)
+    else:
+        acc = zeros
+        x = rounded(FIRST_ROW, rings, step, ACCUMULATOR)
+        for k in range(tiling.TILE_K, tiling.K, tiling.TILE_K):
+            acc = multiply_rounded(x, rings, acc, step, COLUMNS, k > tiling.TILE_K)
+            next_x = rounded(FIRST_ROW, rings, step + 1, ACCUMULATOR)
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+            release(rings, step)
+            x = next_x
+            step += 1
+        acc = multiply_rounded(x, rings, acc, step, COLUMNS, tiling.K > tiling.TILE_K)
+        end_turn(WHO, rings, tiling)
+        vectors = column_vectors(result, first_n, tiling.N, PART)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        release(rings, step)
+        step += 1
+    finish(WHO, acc, vectors, first_m + FIRST_ROW, first_n, result, rings, tiling, OUT_BY_TMA)
+    return step
 
 
 @gluon.jit
@@ -593,16 +652,22 @@ def end_turn(WHO: gl.constexpr, rings, tiling):
 
 
 @gluon.jit
-def multiply(FIRST_ROW: gl.constexpr, rings, acc, step, ADD: gl.constexpr):
+def multiply(FIRST_ROW: gl.constexpr, rings, acc, step, COLUMNS: gl.constexpr, ADD: gl.constexpr):
     """Begins acc + x @ weight.T for one consumer's rows of one step; without ADD, x @ weight.T."""
     stage, parity = stage_of(step, rings.full)
     mbarrier.wait(rings.full.index(stage), parity)
     x = x_rows(FIRST_ROW, rings, stage)
-    return warpgroup_mma(x, rings.weight.index(stage).permute((1, 0)), acc, use_acc=ADD, is_async=True)
+    return warpgroup_mma(x, weight_columns(rings, stage, COLUMNS), acc, use_acc=ADD, is_async=True)
 
 
 @gluon.jit
-def multiply_rounded(x, rings, acc, step, add):
+def weight_columns(rings, stage, COLUMNS: gl.constexpr):
+    """The first COLUMNS of a slot of the weight, K first."""
+    return rings.weight.index(stage).slice(0, COLUMNS).permute((1, 0))
+
+
+@gluon.jit
+def multiply_rounded(x, rings, acc, step, COLUMNS: gl.constexpr, add):
     """multiply() of an x in registers, whose slot then is free.
 
     No sooner: an arrival does not wait for loads that are on their way, and what the TMA unit writes does not queue
@@ -610,7 +675,7 @@ def multiply_rounded(x, rings, acc, step, add):
     """
     stage, parity = stage_of(step, rings.full)
     mbarrier.wait(rings.full.index(stage), parity)
-    acc = warpgroup_mma(x, rings.weight.index(stage).permute((1, 0)), acc, use_acc=add, is_async=True)
+    acc = warpgroup_mma(x, weight_columns(rings, stage, COLUMNS), acc, use_acc=add, is_async=True)
     mbarrier.arrive(rings.x_empty.index(stage))
     return acc
 
@@ -651,23 +716,13 @@ def column_vectors(result, first_n, N, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def finish(
-    WHO: gl.constexpr,
-    acc,
-    vectors,
-    first_m,
-    first_n,
-    result,
-    rings,
-    tiling,
-    PARTS: gl.constexpr,
-    OUT_BY_TMA: gl.constexpr,
-):
-    """Scales, shifts, activates and stores one consumer's rows of a tile, PARTS column blocks one after another. The
-    vectors of the first are given, as those of each come from L2 while the one before is computed."""
+def finish(WHO: gl.constexpr, acc, vectors, first_m, first_n, result, rings, tiling, OUT_BY_TMA: gl.constexpr):
+    """Scales, shifts, activates and stores one consumer's rows of a tile, a column block after another. The vectors of
+    the first are given, as those of each come from L2 while the one before is computed."""
     out, stride_om, _, _ = result
     ROWS: gl.constexpr = rings.out.shape[1]
     COLUMNS: gl.constexpr = rings.out.shape[2]
+    PARTS: gl.constexpr = acc.shape[1] // COLUMNS
     PART: gl.constexpr = accumulator_layout(COLUMNS, gl.num_ctas())
     SPLIT: gl.constexpr = split_rows(gl.num_ctas())
     LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0], cga_layout=SPLIT)

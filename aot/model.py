@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
 from aot.configs import ELEMENT_BYTES, Config
-from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, boxes, grid, late_us, places
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, cut, grid, late_us, piece_share, places
 
 if TYPE_CHECKING:
     from aot.compile import Report
@@ -25,8 +25,6 @@ OVERLAP = 1.85
 SECTOR_WASTE = 8  # masked single elements move about an eighth of what 16-byte copies do
 # What loads through the TMA unit cost beside their bytes (Cost), as fitted to an H200's kernels in the median.
 OFF_US = 0.2
-FILL_BYTES_PER_US = 60_000
-BOX_US = 0.03
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,6 @@ class Cost:
     off32_us: float  # as crowd_us, where rows of x or weight start off 32 bytes
     off64_us: float  # the same, off 64 bytes
     off128_us: float  # the same, off 128 bytes
-    fill_us: float  # as crowd_us, for each row of an x box that lies past M
-    box_us: float  # of a K step, for each x box after the first
     dram_bytes_per_us: float  # one SM's share of the memory's bandwidth
 
 
@@ -137,8 +133,6 @@ def cost(config: Config, report: Report, chip: Chip) -> Cost:
         off32_us=OFF_US if config.tma else 0.0,
         off64_us=0.0,
         off128_us=0.0,
-        fill_us=round(config.tile_k * ELEMENT_BYTES[config.x] / FILL_BYTES_PER_US, 5) if config.x_box else 0.0,
-        box_us=BOX_US if config.x_box else 0.0,
         dram_bytes_per_us=round(chip.dram_share),
     )
 
@@ -150,11 +144,12 @@ def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def waves(tiles: int, at_once: int) -> Iterator[tuple[int, int]]:
-    """(how many waves, CTAs of one): the whole ones, and what is left."""
+def waves(config: Config, tiles: int, at_once: int) -> Iterator[tuple[float, int]]:
+    """(how many waves, CTAs of one): the whole ones, and what is left, which may be cut into pieces."""
     whole, rest = divmod(tiles, at_once)
+    pieces = cut(config, rest, at_once)
     yield whole, at_once
-    yield bool(rest), rest
+    yield piece_share(pieces) if rest else 0, rest * pieces
 
 
 def dram_bytes(config: Config, at_once: int, m: int, n: int, k: int, l2_bytes: float) -> int:
@@ -184,14 +179,10 @@ def predicted_us(
     steps, tiles, sms = up(k, config.tile_k), grid(m, n, config.tile_m, config.tile_n), places(config, sm_count)
     offs = ((32, cost.off32_us), (64, cost.off64_us), (128, cost.off128_us))
     crowd_us = cost.crowd_us + sum(us for unit, us in offs if row_bytes(config, m, n, k) % unit)
-    boxes_us = 0.0
-    if config.x_box:
-        boxes_us = (boxes(config, m) - 1) * cost.box_us
-        crowd_us += max(config.x_box - m, 0) * cost.fill_us
     busy = 0.0
-    for count, ctas in waves(tiles, sms * at_once):
+    for count, ctas in waves(config, tiles, sms * at_once):
         step_us = max(up(ctas, sms) * cost.step_us, cost.latency_us)
-        busy += count * (cost.wave_us + steps * (step_us + boxes_us + ctas / sms * crowd_us))
+        busy += count * (cost.wave_us + steps * (step_us + ctas / sms * crowd_us))
     memory = dram_bytes(config, sms * at_once, m, n, k, l2_bytes) / (sm_count * cost.dram_bytes_per_us)
     late = float(late_us(config, m, n, k, sm_count, sms * at_once))
     return float(cost.launch_us + (busy**4 + memory**4) ** 0.25 + late)
@@ -203,7 +194,7 @@ def predict(config: Config, report: Report, chip: Chip, m: int, n: int, k: int) 
     us = predicted_us(config, made, at_once, m, n, k, chip.sm_count, chip.l2_holds)
     tiles, steps = grid(m, n, config.tile_m, config.tile_n), up(k, config.tile_k)
     sms = places(config, chip.sm_count)
-    passes = list(waves(tiles, sms * at_once))
+    passes = list(waves(config, tiles, sms * at_once))
     count = sum(some for some, _ in passes)
     each = tiles * steps / sms  # K steps of an SM, if all SMs had as many
     fullest = steps * sum(some * up(ctas, sms) for some, ctas in passes)

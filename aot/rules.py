@@ -69,11 +69,8 @@ class Launched(HasSizes, Protocol):
     def persistent(self) -> bool: ...
     @property
     def cluster(self) -> int: ...
-
-
-class Boxed(HasSizes, Protocol):
     @property
-    def x_box(self) -> int: ...
+    def pieces(self) -> int: ...
 
 
 def facts(registers: int, spill_bytes: int, ctas_per_sm: dict[str, int], inputs: int) -> Facts:
@@ -170,6 +167,22 @@ def places(config: Launched, sm_count: int) -> int:
     return max(1, sm_count // config.cluster)
 
 
+SHARED = 0.3  # csrc/lbg.h's kShared
+
+
+def cut(config: Launched, last: Any, at_once: int) -> Any:
+    """Into how many pieces the tiles of a last wave are cut: csrc/dispatch.cpp's. Of a number, or of an array."""
+    pieces = 1 + 0 * last
+    for more in (2, 4):
+        pieces += (more // 2) * ((more <= config.pieces) & (more * last <= at_once))
+    return pieces
+
+
+def piece_share(pieces: Any) -> Any:
+    """Of what a wave of whole tiles takes, what one of as many such pieces does."""
+    return SHARED + (1 - SHARED) / pieces
+
+
 LATE_US, NO_ROOM_US = 1.3, 0.45  # csrc/lbg.h's kLateUs and kNoRoomUs
 
 
@@ -179,31 +192,16 @@ def late_us(config: Launched, m: Any, n: Any, k: Any, sm_count: int, at_once: in
     if not config.tma:
         return 0.0
     tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
-    us = NO_ROOM_US * (2 * tiles > at_once)
+    us = NO_ROOM_US * (2 * tiles * cut(config, tiles, at_once) > at_once)
     if not config.persistent and config.tile_m <= 64:
         us += LATE_US * ((m > 2 * config.tile_m) & (2 * tiles > sm_count) & (k > 1024))
     return us
 
 
-def boxes(config: Boxed, m: int) -> int:
-    """Loads of a tile's x that bring in rows, of a kernel that has them in boxes."""
-    return -(-min(m, config.tile_m) // config.x_box)
-
-
-MOST_BOXES = 3  # csrc/lbg.h's kMostBoxes
-
-
-def in_many_boxes(config: Boxed, m: int, row_bytes: int) -> bool:
-    """Whether a tile's x comes in so many boxes that dispatch takes the kernel only where no other can run. `row_bytes`
-    is what every row of x and weight starts on a multiple of."""
-    return row_bytes % 32 != 0 and config.x_box != 0 and boxes(config, m) > MOST_BOXES
-
-
-def contenders(kernels: Sequence[T], config: Callable[[T], Any], m: int, row_bytes: int) -> list[T]:
+def contenders(kernels: Sequence[T], config: Callable[[T], Any]) -> list[T]:
     """Of aligned kernels that can run a call, those that csrc/dispatch.cpp's choose() weighs by time: none that stores
-    to any address where another will do, and of the rest none whose x comes in many boxes where another will do."""
-    able = [each for each in kernels if config(each).out_aligned] or list(kernels)
-    return [each for each in able if not in_many_boxes(config(each), m, row_bytes)] or able
+    to any address where another will do."""
+    return [each for each in kernels if config(each).out_aligned] or list(kernels)
 
 
 def gains_enough(us: float, simpler_us: float, margin: float = 0.0) -> bool:

@@ -231,7 +231,7 @@ def predicted_us(compiled: Compiled, sizes: tuple[int, int, int]) -> float:
 
 def order_of(tile: Tile) -> tuple[int, bool, int]:
     """From large M to small, as a class lists its kernels."""
-    return -(tile.x_box or tile.tile_m), tile.kernel not in PERSISTENT, -tile.tile_m * tile.tile_n
+    return -tile.tile_m, tile.kernel not in PERSISTENT, -tile.tile_m * tile.tile_n
 
 
 @dataclass(frozen=True)

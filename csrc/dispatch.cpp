@@ -107,18 +107,6 @@ const char* why_not_in_class(const Config& c, const Problem& p, const Broken& wh
 // Whether `c` has masks or narrow accesses that this call could do without.
 bool does_without(const Config& c, const Broken& why) { return !c.aligned || (!c.out_aligned && !why.out); }
 
-// Loads of a tile's x that bring in rows, of a kernel that has them in boxes.
-int64_t boxes(const Config& c, const Problem& p) { return tiles_of(std::min<int64_t>(p.m, c.tile_m), c.x_box); }
-
-// Whether a tile's x comes in more boxes than the formula can be trusted with.
-bool in_many_boxes(const Config& c, const Problem& p) {
-  return c.x_box && row_bytes(p) % 32 && boxes(c, p) > kMostBoxes;
-}
-
-bool last_resort(const Config& c, const Problem& p, const Broken& why) {
-  return does_without(c, why) || in_many_boxes(c, p);
-}
-
 // fp16_accumulate permits what would gain nothing where accumulation in float32 is as fast; an override may ask for it.
 Class rows_of(const Problem& p, const Chip& chip) {
   const auto x = static_cast<uint32_t>(p.x), weight = static_cast<uint32_t>(p.weight),
@@ -140,10 +128,20 @@ namespace {
 // SMs, or clusters of them, that have tiles of their own.
 int64_t places(const Config& c, int32_t sm_count) { return std::max(1, sm_count / c.cluster); }
 
+// Into how many pieces the tiles of a last wave are cut: aot/hopper.py's Tiling.cut().
+int64_t cut(const Config& c, int64_t last, int64_t at_once) {
+  int64_t pieces = c.pieces;
+  while (pieces > 1 && pieces * last > at_once) pieces /= 2;
+  return pieces;
+}
+
 }  // namespace
 
 int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
-  return c.cluster * (c.persistent ? std::min(tiles(c, p), places(c, sm_count) * c.ctas_per_sm) : tiles(c, p));
+  const int64_t count = tiles(c, p);
+  if (!c.persistent) return c.cluster * count;
+  const int64_t at_once = places(c, sm_count) * c.ctas_per_sm;
+  return c.cluster * std::min(count * cut(c, count, at_once), at_once);
 }
 
 bool early(const Config& c, const Problem& p, int32_t sm_count) {
@@ -187,26 +185,26 @@ double predicted_us(const Config& c, const Problem& p, const Chip& chip) {
   const int32_t sm_count = chip.sm_count;
   const int64_t sms = places(c, sm_count), at_once = sms * c.ctas_per_sm;
   const int64_t count = tiles(c, p), whole = count / at_once, rest = count - whole * at_once;
+  const int64_t pieces = cut(c, rest, at_once), last = pieces * rest;
   const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
-  double boxes_us = 0, crowd_us = cost.crowd_us;
+  double crowd_us = cost.crowd_us;
   const int64_t row = row_bytes(p);
   if (row % 128) crowd_us += cost.off128_us;
   if (row % 64) crowd_us += cost.off64_us;
   if (row % 32) crowd_us += cost.off32_us;
-  if (c.x_box) {
-    boxes_us = static_cast<double>(boxes(c, p) - 1) * cost.box_us;
-    crowd_us += static_cast<double>(std::max<int64_t>(c.x_box - p.m, 0)) * cost.fill_us;
-  }
   const auto wave_us = [&](int64_t fullest, double per_sm) {
     const double step_us = std::max(static_cast<double>(fullest) * cost.step_us, cost.latency_us);
-    return cost.wave_us + steps * (step_us + boxes_us + per_sm * crowd_us);
+    return cost.wave_us + steps * (step_us + per_sm * crowd_us);
   };
   double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
-  if (rest) busy += wave_us(ceil_div(rest, sms), static_cast<double>(rest) / static_cast<double>(sms));
+  if (rest) {
+    const double us = wave_us(ceil_div(last, sms), static_cast<double>(last) / static_cast<double>(sms));
+    busy += (kShared + (1 - kShared) / static_cast<double>(pieces)) * us;
+  }
   const double memory = dram_bytes(c, p, at_once, sm_count) / (sm_count * cost.dram_bytes_per_us);
   double late = 0;
   if (c.tma && !early(c, p, sm_count)) late += kLateUs;
-  if (c.tma && 2 * std::min(count, at_once) > at_once) late += kNoRoomUs;
+  if (c.tma && 2 * (whole ? at_once : last) > at_once) late += kNoRoomUs;
   const auto squared = [](double value) { return value * value; };
   return cost.launch_us + std::sqrt(std::sqrt(squared(squared(busy)) + squared(squared(memory)))) + late;
 }
@@ -238,7 +236,7 @@ const Config* choose(const Problem& p, Alignment pointers, const Chip& chip) {
   double best_us = std::numeric_limits<double>::infinity();
   for (const Config* c = kConfigs + rows.first; c != kConfigs + rows.first + rows.count; ++c) {
     // The arch's own kernel of the forced name: another arch may ship one of that name too.
-    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && last_resort(*c, p, why)) continue;
+    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && does_without(*c, why)) continue;
     if (why_not_in_class(*c, p, why)) continue;
     const double us = predicted_us(*c, p, chip);
     if (us < best_us) best = c, best_us = us;

@@ -57,6 +57,9 @@ struct Descriptor {
   int32_t shape[2];
   int64_t strides[2];
 };
+// Rows of a box of up to `most` over a matrix of so many: rounded up to 1, 2, 4 or a multiple of 8, so that the TMA
+// unit has few rows to fill in with zeros, which takes it longer than to read them.
+uint32_t box_rows(int64_t rows, uint32_t most);
 Status encode(const LaunchSite& site, const Matrix& matrix, const Box& box, Descriptor* descriptor);
 
 // What dispatch's predicted time is made of: measured, or modelled on the arch's chip (aot/costs.py).
@@ -69,8 +72,6 @@ struct Cost {
   double off32_us;           // as crowd_us, where rows of x or weight start off 32 bytes: each needs a sector more
   double off64_us;           // the same, off 64 bytes: most lie in two lines of L2
   double off128_us;          // the same, off 128 bytes: some do
-  double fill_us;            // as crowd_us, for each row of an x box that lies past M: the TMA unit fills it with zeros
-  double box_us;             // of a K step, for each x box after the first
   double dram_bytes_per_us;  // one SM's share of the memory's bandwidth
 };
 
@@ -92,8 +93,8 @@ struct Config {
   bool tma;          // its operands come through tensor maps; it waits by itself for what the stream ran before it
   bool persistent;   // its CTAs, or clusters of them, walk the tiles
   int32_t tile_m, tile_n, tile_k, warps, stages;
-  int32_t x_box;    // rows of x that one load brings, of a kernel that loads those before M alone; else 0
   int32_t cluster;  // CTAs that share a tile, each on an SM of its own
+  int32_t pieces;   // most that a tile of a last wave is cut into, 1 of a kernel that cuts none: 2, or 4
   int32_t shared_bytes, registers, ctas_per_sm;
   int32_t l2_bytes_per_sm;  // one SM's share of what L2 holds
   Cost cost, full_rate_cost;
@@ -132,12 +133,13 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 
 // Microseconds, from how the tiles fall on the SMs:
 //
-//   crowd        = crowd_us + fill_us * max(x_box - M, 0)
-//                  + (off32_us, off64_us, off128_us, each if rows of x or weight start off so many bytes)
-//   step(c)      = max(q * step_us, latency_us) + (x boxes of a tile - 1) * box_us + c / SMs * crowd
+//   crowd        = crowd_us + (off32_us, off64_us, off128_us, each if rows of x or weight start off so many bytes)
+//   step(c)      = max(q * step_us, latency_us) + c / SMs * crowd
 //                  of a wave of c tiles, q of them on the fullest of the SMs, or of the clusters of SMs that share a
 //                  tile
-//   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c)
+//   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c); if the last one's
+//   tiles
+//                  are cut into pieces, kShared + (1 - kShared) / pieces of that
 //   memory       = (x reads * bytes of x + weight reads * bytes of weight + bytes of the result)
 //                  / (sm_count * dram_bytes_per_us)
 //   predicted_us = launch_us + (busy^4 + memory^4)^(1/4)
@@ -149,18 +151,15 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 // L2 holds a group's, else once for each set of columns in flight; weight once if L2 holds it beside a group's x, else
 // once for each group, or set of groups in flight.
 //
-// From M = x_box on nothing is filled: the last box begins early enough to be full (aot/hopper.py's full_box).
 // A persistent kernel's CTAs take tiles in waves all the same, so one formula serves both. Memory and work overlap but
 // not wholly: where both take as long, they take 1.19 times that. It also ranks kernels where memory bounds them all. A
 // family's memory grows with its SMs (an RTX 4060 to an RTX 4090, within a factor of 1.5), so the bandwidth is that of
 // an SM's share.
 double predicted_us(const Config& config, const Problem& problem, const Chip& chip);
 
-// Where rows of x or weight start off 32 bytes, a kernel that takes a tile's x in more boxes than this is a last
-// resort: the formula does not know what they cost there. On an H100 it chose such a kernel that took 2.3 times as long
-// as the best (669x104x120, float32); among the times of 200 random shapes the 95th percentile is 13.8 % off without
-// this, and 9.7 % with it.
-constexpr int64_t kMostBoxes = 3;
+// Of what a wave of whole tiles takes, what one of as many pieces takes that are narrow at will: each loads its rows of
+// x whole.
+constexpr double kShared = 0.3;
 
 // What a launch takes that might have begun early: an estimate from an H100's times, which no command here makes again.
 constexpr double kLateUs = 1.3;
@@ -182,8 +181,8 @@ int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
 bool early(const Config& config, const Problem& problem, int32_t sm_count);
 
 // The config of the problem's class with the lowest predicted time among those that can run, the earlier row on a tie;
-// a last resort only where no other can: one that does without an alignment which the call has, or has too many boxes
-// (kMostBoxes); nullptr if none can. Allocates nothing and takes no lock.
+// one that does without an alignment which the call has only where no other can; nullptr if none can. Allocates nothing
+// and takes no lock.
 const Config* choose(const Problem& problem, Alignment pointers, const Chip& chip);
 
 // A choice forced by name, for tests and measurements; empty for none. Process-wide. Fails on an unknown symbol.

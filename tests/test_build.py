@@ -33,7 +33,7 @@ HOPPER = replace(SMALL, arch=90, tile_m=64)
 WS = Config(90, "f16", "f16", "f16", False, True, 128, 128, 64, 12, 2, 2, kernel="ws")
 PAIR = replace(WS, tile_m=256, cluster=2)
 PINGPONG = replace(WS, kernel="pingpong", epilogue_parts=4)
-RING = Config(90, "f16", "f16", "f16", False, True, 64, 64, 64, 8, 3, kernel="ring", x_box=16)
+RING = Config(90, "f16", "f16", "f16", False, True, 64, 64, 64, 8, 3, kernel="ring")
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_a_record_without_its_cubin_is_no_cache(tmp_path: Path) -> None:
 def test_the_cache_key_tells_configs_and_archs_apart() -> None:
     changes = {"x": "f32", "weight": "bf16", "out": "f32", "fp16_accumulate": True, "aligned": False, "tile_m": 32}
     changes |= {"tile_n": 32, "tile_k": 32, "warps": 8, "stages": 2, "epilogue_parts": 2, "group_m": 4, "arch": 90}
-    changes |= {"kernel": "ring", "x_box": 16, "warps_m": 2, "unit_k": 32, "out_aligned": False, "cluster": 2}
+    changes |= {"kernel": "ring", "warps_m": 2, "unit_k": 32, "out_aligned": False, "cluster": 2}
     assert set(changes) == set(Config.__dataclass_fields__)
     keys = [compile.cache_key(replace(SMALL, **{name: value}), 90) for name, value in changes.items()]
     keys += [compile.cache_key(SMALL, 89), compile.cache_key(SMALL, 90)]
@@ -354,7 +354,7 @@ def test_a_hopper_kernels_parameters_are_those_that_its_launcher_passes(tmp_path
     assert artifact.arguments == ("x", "weight", "scale_ptr", "shift_ptr", out, "M", "N", "K", "stride_om", *more)
     # 128 bytes each, whose swizzle has number 3
     boxes = {"x": (128, 64, 3), "weight": (128, 64, 3), "out": (64, 64, 3)}
-    assert artifact.boxes == (boxes if config is WS else {"x": (16, 64, 3), "weight": (64, 64, 3)})
+    assert artifact.boxes == (boxes if config is WS else {"x": (64, 64, 3), "weight": (64, 64, 3)})
     entry = re.search(r"\.entry \w+\((.*?)\)", compile.to_ptx(config).ptx, re.DOTALL)
     assert entry
     found = re.findall(r"\.param (?:\.align 64 )?\.(\w+)[^,]*?(?:\[(\d+)\])?(?:,|$)", entry[1].strip(), re.MULTILINE)

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import lbg
-from aot import rules
 from aot.chips import is_full_rate
 from tests import cases
 from tests.bench import fit
@@ -112,7 +111,16 @@ def test_every_launch_is_right(start: Start) -> None:
         strides = [4160, 4112, 352] if config.aligned else [3, 700, 5, 900, 2, 4, 7, 1100]
         grid = -(-m // config.tile_m) * -(-n // config.tile_n)
         if config.persistent:
-            grid = min(grid, config.ctas_per_sm * 132 // config.cluster)
+            at_once = config.ctas_per_sm * 132 // config.cluster
+            grid = min(
+                grid
+                * max(
+                    pieces
+                    for pieces in (1, 2, 4)
+                    if pieces == 1 or (pieces <= config.pieces and grid * pieces <= at_once)
+                ),
+                at_once,
+            )
         grid *= config.cluster
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
@@ -170,7 +178,7 @@ show(texts)""", gpus=HOPPER)  # fmt: skip
         bytes, wide = (4, 32) if dtype == 7 else (2, 64)  # of an element; of 128 bytes, the widest swizzle
         wanted = {
             0x10000: ([4096, 16384], [4096 * bytes], [wide, 128]),
-            0x20000: ([4096, 4096], [8192], [64, 256]),
+            0x20000: ([4096, 4096], [8192], [64, 64]),  # of a quarter of a tile
             0x50000: ([4096, 16384], [4096 * bytes], [wide, 64]),
         }
         for data, row in wanted.items():
@@ -180,6 +188,32 @@ show(texts)""", gpus=HOPPER)  # fmt: skip
             assert tuple(call[key] for key in ("sizes", "strides", "box")) == row, call
             # no interleave, 128-byte swizzle, 128-byte L2 promotion, zeros past the edges
             assert call["element_strides"] == [1, 1] and call["modes"] == [0, 3, 2, 0], call
+
+
+def test_a_box_has_few_rows_more_than_a_small_x(start: Start) -> None:
+    sizes = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8, 9: 16, 16: 16, 17: 24, 33: 40, 57: 64, 64: 64, 65: 64}
+    outcome = start(f"""
+symbol = next(c.symbol for c in lbg.configs() if c.symbol.endswith("_ring") and c.tile_m == 64)
+with lbg.override(symbol):
+    show([launch(m, 512, 128) for m in {list(sizes)}])""", gpus=HOPPER)  # fmt: skip
+    assert outcome.printed == [""] * len(sizes)
+    maps = [call for call in outcome.of("cuTensorMapEncodeTiled") if call["data"] == 0x10000]
+    assert [(call["sizes"], call["box"][1]) for call in maps] == [([128, m], rows) for m, rows in sizes.items()]
+
+
+def test_the_tiles_of_a_last_wave_are_cut_if_their_pieces_have_a_place(start: Start) -> None:
+    outcome = start("""
+texts = []
+for kernel, symbol in ((kernel, next(c.symbol for c in lbg.configs() if c.symbol.endswith(kernel)))
+                       for kernel in ("_128x256x64_w12_s4_ws", "_128x128x64_w12_s6_pp", "_256x256x64_w12_s4_c2_ws")):
+    with lbg.override(symbol):
+        texts += [launch(128 * rows, 256, 64) for rows in (1, 33, 34, 66, 67, 198)]
+show(texts)""", gpus=HOPPER)  # fmt: skip
+    assert outcome.printed == [""] * 18
+    grids = [call["grid"][0] for call in outcome.of("cuLaunchKernelEx")]
+    assert grids[:6] == [4, 132, 68, 132, 67, 132]  # one SM for a quarter of a tile, for half, for all of it
+    assert grids[6:12] == [2, 66, 68, 132, 132, 132]  # tiles of half the size, none of them cut
+    assert grids[12:] == [8, 68, 68, 132, 68, 132]  # two SMs a tile, of twice the size
 
 
 def test_a_tensor_map_is_made_once_a_thread_and_anew_for_what_differs(start: Start) -> None:
@@ -544,8 +578,6 @@ def test_dispatch_takes_the_lowest_predicted_legal_kernel(
                 assert found.chosen and legal and legal[0].config is found.chosen, f"{(m, n, k)}: {found}"
                 among = [c for c in legal if c.config.aligned] or legal
                 among = [c for c in among if c.config.out_aligned] or among
-                row_bytes = k * x.itemsize | k * weight.itemsize
-                among = [c for c in among if not rules.in_many_boxes(c.config, m, row_bytes)] or among
                 assert legal[0].predicted_us == min(c.predicted_us for c in among if c.predicted_us), found
                 assert found.chosen.aligned == (k > 0 and k % 8 == 0 and max(m, n) < 2**31 - 256), found
                 assert n % 8 == 0 or not found.chosen.out_aligned, found
@@ -625,10 +657,10 @@ def test_a_gpu_of_full_rate_takes_large_tiles() -> None:
 
 # M and the tiles of those kernels that took less than 3 % more than the best of all, N=K=4096, float16, on an H100.
 MEASURED_BEST = {
-    1: ["64x32x128_w8_s8_b16_ring"],
-    16: ["64x32x128_w8_s8_b16_ring"],
-    64: ["64x32x128_w8_s8_b64_ring"],
-    256: ["64x128x64_w8_s8_b64_ring"],
+    1: ["64x32x128_w8_s8_ring"],
+    16: ["64x32x128_w8_s8_ring"],
+    64: ["64x32x128_w8_s8_ring"],
+    256: ["64x128x64_w8_s8_ring"],
     1024: ["256x128x64_w12_s4_ws", "128x256x64_w12_s4_ws", "128x128x64_w12_s6_pp"],
     4096: ["128x128x64_w12_s6_pp", "128x256x64_w12_s4_ws", "256x128x64_w12_s4_ws"],
     16384: ["128x256x64_w12_s4_ws", "256x128x64_w12_s4_ws"],
@@ -648,28 +680,13 @@ def test_clusters_are_for_rows_off_32_bytes() -> None:
             assert [config and config.cluster for config in shared] == [2, 1], shared
 
 
-def test_boxes_of_few_rows_are_for_few_rows() -> None:
-    for m, x_box in ((1, 16), (8, 16), (16, 16), (64, 64)):
-        chosen = chosen_for(m, 4096, 4096, 90, 132, MODES[0]).chosen
-        assert chosen and chosen.x_box == x_box, chosen
-    # Off 32 bytes, where the formula would have it otherwise.
-    for m, n, k in ((49, 2920, 1832), (698, 408, 280), (669, 104, 120)):
-        for mode in MODES:
-            found = chosen_for(m, n, k, 90, 132, mode)
-            assert found.chosen and found.chosen.aligned and found.chosen.x_box != 16, found
-    quickest = min((c for c in chosen_for(669, 104, 120, 90, 132, MODES[1]).candidates if c.predicted_us),
-                   key=lambda c: c.predicted_us or 0)  # fmt: skip
-    assert quickest.config.x_box == 16, quickest
-
-
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("arch", [89, 90])
 def test_more_sms_and_less_work_never_take_longer(arch: int, mode: tuple[torch.dtype, bool]) -> None:
     def time_us(m: int, n: int, k: int, sm_count: int) -> float:
         return chosen_for(m, n, k, arch, sm_count, mode).candidates[0].predicted_us or 0.0
 
-    # From M=64 on: below, a row more is a row less for sm_90's TMA unit to fill, and may save time.
-    for m, n, k in ((64, 4096, 4096), (64, 1024, 16384), (300, 8192, 512), (2000, 4096, 4096), (16384, 1024, 64)):
+    for m, n, k in ((1, 4096, 4096), (64, 1024, 16384), (300, 8192, 512), (2000, 4096, 4096), (16384, 1024, 64)):
         by_sms = [time_us(m, n, k, sm_count) for sm_count in (20, 58, 72, 128, 142, 200)]
         assert by_sms == sorted(by_sms, reverse=True), f"{(m, n, k)}: {by_sms}"
         for sizes in ([(f * m, n, k) for f in (1, 2, 5)], [(m, f * n, k) for f in (1, 2, 5)],

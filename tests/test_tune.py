@@ -37,13 +37,14 @@ def cost(config: configs.Config) -> Cost:
     matrix_us = config.tile_m * config.tile_n * config.tile_k / 11e6
     step_us = max(load_us, matrix_us) + min(load_us, matrix_us) / 10
     store_us = config.tile_m * config.tile_n * configs.ELEMENT_BYTES[config.out] / 49_000
-    return Cost(2.0, 0.7 + store_us, step_us, 0.7 / (config.stages - 1), *[0.0] * 6, 22_000)
+    return Cost(2.0, 0.7 + store_us, step_us, 0.7 / (config.stages - 1), *[0.0] * 4, 22_000)
 
 
 def kernel(config: configs.Config) -> dict[str, Any]:
     """lbg.Config's fields of a config."""
     fields = asdict(config) | {name: NAMES[getattr(config, name)] for name in ("x", "weight", "out")}
     extra = {"symbol": config.symbol, "compiled_arch": config.arch, "tma": config.tma, "persistent": config.persistent}
+    extra |= {"pieces": config.pieces}
     extra |= {"shared_bytes": 0, "registers": 128, "ctas_per_sm": 1} | asdict(cost(config))
     return {name: value for name, value in (fields | extra).items() if name in bench.lbg.Config.__dataclass_fields__}
 

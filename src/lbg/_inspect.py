@@ -37,8 +37,8 @@ class Config:
     tile_k: int
     warps: int
     stages: int
-    x_box: int  # rows of x that one load brings, of a kernel that loads those before M alone; else 0
     cluster: int  # CTAs that share a tile, each on an SM of its own
+    pieces: int  # most that a tile of a last wave is cut into
     shared_bytes: int
     registers: int
     ctas_per_sm: int
@@ -51,8 +51,6 @@ class Config:
     off32_us: float  # as crowd_us, where rows of x or weight start off 32 bytes
     off64_us: float  # the same, off 64 bytes
     off128_us: float  # the same, off 128 bytes
-    fill_us: float  # as crowd_us, for each row of an x box that lies past M
-    box_us: float  # a K step's x box after the first
     dram_bytes_per_us: float  # one SM's share of the memory's bandwidth
 
 
@@ -69,8 +67,7 @@ class Candidate:
 class Explanation:
     """What a call would run. `chosen` is None on the CPU and where no kernel is needed; `why` says so.
 
-    A last resort is taken only where no other kernel can run: one that does without an alignment which the call has, or
-    that takes x in many boxes of few rows where rows start off 32 bytes, as the predicted time errs there.
+    A kernel that does without an alignment which the call has is taken only where no other can run.
     """
 
     chosen: Config | None

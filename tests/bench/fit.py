@@ -31,7 +31,7 @@ from torch import Tensor
 import lbg
 from aot import BuildError, evidence, journal
 from aot.configs import CONFIGS
-from aot.fitting import CONSTANTS, HOPELESS, Time, by_shape, fit_all, predicted_us, row_bytes
+from aot.fitting import CONSTANTS, HOPELESS, Time, by_shape, fit_all, predicted_us
 from aot.rules import contenders
 from tests import cases
 from tests.bench.machine import facts
@@ -304,8 +304,7 @@ def regrets(run: Run, costs: dict[str, dict[str, float]] | None) -> list[dict[st
         best, chosen = min(group, key=lambda t: t.us), next((t for t in group if t.chosen), None)
         if costs is not None:
             kernels, shape = run.kernels, np.array([(best.m, best.n, best.k)])
-            starts = int(row_bytes(kernels[best.symbol], shape)[0])
-            fast = contenders(group, lambda t, kernels=kernels: kernels[t.symbol], best.m, starts)
+            fast = contenders(group, lambda t, kernels=kernels: kernels[t.symbol])
             predicted = {
                 t.symbol: float(predicted_us(kernels[t.symbol], shape, run.sm_count, costs[t.symbol])[0]) for t in fast
             }

@@ -178,20 +178,23 @@ def tma_signature(
         if config.out_aligned:  # a part of a consumer's rows, in each CTA of a cluster
             rows = config.consumer_rows * config.cluster
             out_type = tensor_map(config.out, rows, config.tile_n // config.epilogue_parts, True)
+    cuts = config.pieces > 1
+    piece = tensor_map(config.weight, config.tile_n // config.pieces, config.tile_k) if cuts else "constexpr"
     types = {
         # The ring kernel loads an operand 128 bytes wide, a swizzle's width.
-        "x": tensor_map(config.x, config.cta_rows,
-                        config.tile_k if ws else 128 // ELEMENT_BYTES[config.x], True),
-        "weight": tensor_map(config.weight, config.weight_box, config.tile_k if ws else 64),
+        "x": tensor_map(config.x, config.cta_rows, config.tile_k if ws else 128 // ELEMENT_BYTES[config.x], True),
+        "weight": tensor_map(config.weight, config.tile_n, config.tile_k if ws else 64),
+        **({"weight_piece": piece} if ws else {}),
         "scale_ptr": "*fp32",
         "shift_ptr": "*fp32",
         out: out_type,
         **dict.fromkeys(SIZES, "i32"),
         "stride_om": "i64",
-    }  # fmt: skip
+    }
+    constants: dict[str, object] = {"weight_piece": None} if ws and not cuts else {}
     if not ws:  # which asks L2 for the weight before it may load it
         types |= {"weight_ptr": "*" + TRITON_TYPES[config.weight], "stride_wn": "i64"}
-    constants: dict[str, object] = {
+    constants |= {
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
         "TILE_K": config.tile_k,
@@ -200,7 +203,7 @@ def tma_signature(
     if ws:
         constants |= {"EPILOGUE_PARTS": config.epilogue_parts}
         constants |= {"OUT_DTYPE": elements[config.out], "OUT_BY_TMA": config.out_aligned}
-        constants |= {"IN_TURN": config.kernel == "pingpong"}
+        constants |= {"IN_TURN": config.kernel == "pingpong", "PIECES": config.pieces}
     else:
         constants |= {"OUT_ALIGNED": config.out_aligned}
     constants |= {"SYMBOL": config.symbol}
@@ -363,9 +366,8 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     main = sass.main_loop(bodies)
     roles = config.consumers  # each with a main loop and an epilogue of its own
     loading = [body for body in sass.innermost(bodies, "TMA load") if not any(map(sass.is_mma, body))]
-    if config.pieces > 1:  # whose loops bring less of the weight
-        loading = [max(loading, key=lambda body: sass.mix(body)["TMA load"])]
-    loaders = [i for body in loading for i in body]
+    # The loader's first is of whole tiles, the others of pieces.
+    loaders = [i for body in (loading[:1] if config.persistent else loading) for i in body]
     ctas = ctas_per_sm(config, registers, compiled.shared_bytes)
     outputs = config.tiles_at_once * config.cta_rows * config.tile_n * ELEMENT_BYTES[config.out]
     outputs += sum(outputs // pieces for pieces in (2, 4) if pieces <= config.pieces)  # their code stores too
@@ -413,7 +415,8 @@ def cache_key(config: Config, cubin_arch: int) -> str:
     sources = "".join(here.joinpath(name).read_text() for name in names)
     chip = REFERENCE[config.arch]
     chips = repr((LIMITS[config.arch], LIMITS[cubin_arch], chip.mma_cycles, chip.mma_cycles_fp16))
-    text = "\n".join((triton.__version__, sources, chips, json.dumps(asdict(config)), str(cubin_arch)))
+    told = repr(signature(config))  # with what a config derives from its fields
+    text = "\n".join((triton.__version__, sources, chips, json.dumps(asdict(config)), told, str(cubin_arch)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

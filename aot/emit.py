@@ -27,11 +27,12 @@ Status launch_{index}(const LaunchSite& site, const Problem& problem, const Oper
 MATRICES = {
     "x": ("m", "k", "stride_xm"),
     "weight": ("n", "k", "stride_wn"),
+    "weight_piece": ("n", "k", "stride_wn"),
     "out": ("m", "n", "stride_om"),
 }
 DESCRIPTOR = """\
 Descriptor {argument};
-  const Matrix {argument}_matrix{{operands.{argument}, {dtype}, problem.{rows}, problem.{columns}, problem.{stride}}};
+  const Matrix {argument}_matrix{{operands.{operand}, {dtype}, problem.{rows}, problem.{columns}, problem.{stride}}};
   if (Status status = encode(site, {argument}_matrix, {{{box}}}, &{argument}); !status.ok()) return status;"""
 
 
@@ -39,7 +40,8 @@ def local(argument: str, artifact: Artifact) -> str:
     """The C++ local that holds one kernel parameter, in the type that the kernel was compiled for."""
     if box := artifact.boxes.get(argument):
         rows, columns, stride = MATRICES[argument]
-        dtype = C_DTYPES[getattr(artifact.config, argument)]
+        operand = argument.removesuffix("_piece")
+        dtype = C_DTYPES[getattr(artifact.config, operand)]
         ring = artifact.config.kernel == "ring"
         in_box = (f"box_rows(problem.{rows}, {box[0]})" if ring else box[0], *box[1:])
         return DESCRIPTOR.format(**locals() | {"box": ", ".join(map(str, in_box))})

@@ -152,9 +152,9 @@ def test_a_chunk_of_fp16_accumulate_may_take_several_steps(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("change", [{"out": "f32"}, {"out_aligned": False}, {"x": "f32", "stages": 3}], ids=str)
 def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
-    # ws: two consumers, each with a loop and a step beside it; pingpong the same of twice the rows; ring has a step
-    # beside the loop of a float32 x alone
-    wanted = {WS: 16, PAIR: 16, PINGPONG: 32, RING: 8 if "x" in change else 4}
+    # ws: two consumers, each with a loop and a step beside it, once for tiles and once for halves; pingpong without
+    # halves, of twice the rows; ring has a step beside the loop of a float32 x alone
+    wanted = {WS: 32, PAIR: 32, PINGPONG: 32, RING: 8 if "x" in change else 4}
     if "out_aligned" in change:
         del wanted[PINGPONG]  # spills: no tile that stores to any address is one
     for config, mma in wanted.items():
@@ -165,9 +165,10 @@ def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: 
 
 def test_a_clusters_ctas_share_the_weights_load_and_end_together() -> None:
     compiled = compile.to_ptx(PAIR)
-    assert compiled.boxes == {"x": (64, 64, 3), "weight": (128, 64, 3), "out": (64, 64, 3)}  # of a CTA
+    boxes = {"x": (64, 64, 3), "weight": (128, 64, 3), "weight_piece": (64, 64, 3), "out": (64, 64, 3)}
+    assert compiled.boxes == boxes  # of a CTA
     loads = re.findall(r"cp\.async\.bulk\.tensor\S+\.global\.mbarrier\S*", compiled.ptx)
-    assert len(loads) == 3 and sum("multicast" in load for load in loads) == 1, loads
+    assert len(loads) == 2 * 3 and sum("multicast" in load for load in loads) == 2, loads  # of tiles and of halves
     # An arrival at the barrier of a CTA that has ended would be an error.
     ended = re.findall(r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;", compiled.ptx)
     assert len(ended) == 2, ended  # of the warps that multiply, of the others
@@ -350,17 +351,19 @@ def test_what_is_promised_is_no_argument(small: compile.Artifact) -> None:
 @pytest.mark.parametrize("config", [WS, RING], ids=lambda config: config.kernel)
 def test_a_hopper_kernels_parameters_are_those_that_its_launcher_passes(tmp_path: Path, config: Config) -> None:
     artifact = compile.build(config, 90, tmp_path / "cubin")
-    out, more = ("out", ()) if config is WS else ("out_ptr", ("weight_ptr", "stride_wn"))
-    assert artifact.arguments == ("x", "weight", "scale_ptr", "shift_ptr", out, "M", "N", "K", "stride_om", *more)
+    piece, out, more = (("weight_piece",), "out", ()) if config is WS else ((), "out_ptr", ("weight_ptr", "stride_wn"))
+    vectors = ("scale_ptr", "shift_ptr")
+    assert artifact.arguments == ("x", "weight", *piece, *vectors, out, "M", "N", "K", "stride_om", *more)
     # 128 bytes each, whose swizzle has number 3
-    boxes = {"x": (128, 64, 3), "weight": (128, 64, 3), "out": (64, 64, 3)}
+    boxes = {"x": (128, 64, 3), "weight": (128, 64, 3), "weight_piece": (64, 64, 3), "out": (64, 64, 3)}
     assert artifact.boxes == (boxes if config is WS else {"x": (64, 64, 3), "weight": (64, 64, 3)})
     entry = re.search(r"\.entry \w+\((.*?)\)", compile.to_ptx(config).ptx, re.DOTALL)
     assert entry
     found = re.findall(r"\.param (?:\.align 64 )?\.(\w+)[^,]*?(?:\[(\d+)\])?(?:,|$)", entry[1].strip(), re.MULTILINE)
     sizes = [{"b8": int(count or 0), "u32": 4, "u64": 8}[kind] for kind, count in found]
     matrix = [128, 4, 4, 8, 8]
-    ours = [*matrix, *matrix, 8, 8, *(matrix if config is WS else [8]), 4, 4, 4, 8, *[8 for _ in more]]
+    weights = matrix * (2 if piece else 1)
+    ours = [*matrix, *weights, 8, 8, *(matrix if config is WS else [8]), 4, 4, 4, 8, *[8 for _ in more]]
     assert sizes == [*ours, 8, 8], entry[1]  # two scratch pointers last
 
 

@@ -131,7 +131,7 @@ def test_every_launch_is_right(start: Start) -> None:
             x, weight, scale, shift, out = pointers
             maps = [
                 [x, m, k, 4160, 1],
-                [weight, n, k, 4112, 1],
+                [weight, n, k, 4112, 1] * (2 if config.pieces > 1 else 1),
                 [out, m, n, 352, 1] if config.persistent and config.out_aligned else [out],
             ]
             asks_l2 = [] if config.persistent else [weight, 4112]
@@ -173,21 +173,22 @@ for c in lbg.configs():
 show(texts)""", gpus=HOPPER)  # fmt: skip
     maps, launches = outcome.of("cuTensorMapEncodeTiled"), outcome.of("cuLaunchKernelEx")
     assert outcome.printed == [""] * 8 and [call["grid"] for call in launches] == [[132, 1, 1]] * 8
-    made = {(call["dtype"], call["data"]): call for call in maps}
     for dtype in (6, 7, 9):  # CUtensorMapDataType: float16, float32, bfloat16
         bytes, wide = (4, 32) if dtype == 7 else (2, 64)  # of an element; of 128 bytes, the widest swizzle
         wanted = {
-            0x10000: ([4096, 16384], [4096 * bytes], [wide, 128]),
-            0x20000: ([4096, 4096], [8192], [64, 64]),  # of a quarter of a tile
-            0x50000: ([4096, 16384], [4096 * bytes], [wide, 64]),
+            0x10000: ([4096, 16384], [4096 * bytes], {128}),
+            0x20000: ([4096, 4096], [8192], {256, 128, 64}),  # a tile's, of half of one, of a quarter
+            0x50000: ([4096, 16384], [4096 * bytes], {64}),
         }
-        for data, row in wanted.items():
+        for data, (sizes, strides, rows) in wanted.items():
             if (dtype, data) == (7, 0x20000):
                 continue
-            call = made[dtype, data]
-            assert tuple(call[key] for key in ("sizes", "strides", "box")) == row, call
-            # no interleave, 128-byte swizzle, 128-byte L2 promotion, zeros past the edges
-            assert call["element_strides"] == [1, 1] and call["modes"] == [0, 3, 2, 0], call
+            made = [call for call in maps if (call["dtype"], call["data"]) == (dtype, data)]
+            assert {tuple(call["box"]) for call in made} == {(wide, most) for most in rows}, made
+            for call in made:
+                assert (call["sizes"], call["strides"]) == (sizes, strides), call
+                # no interleave, 128-byte swizzle, 128-byte L2 promotion, zeros past the edges
+                assert call["element_strides"] == [1, 1] and call["modes"] == [0, 3, 2, 0], call
 
 
 def test_a_box_has_few_rows_more_than_a_small_x(start: Start) -> None:
@@ -236,9 +237,9 @@ show(texts)""", gpus=HOPPER)  # fmt: skip
         elif call["call"] == "cuLaunchKernelEx":
             counts.append(seen)
             seen = 0
-    # all; none; x and weight of another K; x and the result of other rows; the result's dtype and, as its place in
-    # the table may have been taken, whatever else; all of another thread
-    assert counts[:3] == [3, 0, 2] and counts[3] >= 2 and counts[4] >= 1 and counts[5] == 3, counts
+    # all, weight for two boxes; none; x and weight of another K; x and the result of other rows; the result's dtype
+    # and, as its place in the table may have been taken, whatever else; all of another thread
+    assert counts[:3] == [4, 0, 3] and counts[3] >= 2 and counts[4] >= 1 and counts[5] == 4, counts
 
 
 NO_MAP = {

@@ -6,7 +6,7 @@ import pytest
 
 from tests.sanitize import races
 
-ROLE = "lbg_fused_f16_f16_64x32x128_w8_s8_b16_ring"
+ROLE = "lbg_fused_f16_f16_64x32x128_w8_s8_ring"
 PLAIN = "lbg_fused_f16_f16_64x64x32_w4_s2_any"
 
 

@@ -167,7 +167,7 @@ def places(config: Launched, sm_count: int) -> int:
     return max(1, sm_count // config.cluster)
 
 
-SHARED = 0.3  # csrc/lbg.h's kShared
+SHARED = 0.4  # csrc/lbg.h's kShared
 
 
 def cut(config: Launched, last: Any, at_once: int) -> Any:

@@ -144,6 +144,12 @@ int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
   return c.cluster * std::min(count * cut(c, count, at_once), at_once);
 }
 
+uint32_t box_rows(int64_t rows, uint32_t most) {
+  const auto few = static_cast<uint32_t>(std::min<int64_t>(rows, most));
+  if (few > 4) return (few + 7) / 8 * 8;
+  return few == 3 ? 4 : few;
+}
+
 bool early(const Config& c, const Problem& p, int32_t sm_count) {
   if (!c.tma) return false;
   const bool shares_l2 = !c.persistent && c.tile_m <= 64 && p.m > 2 * c.tile_m && 2 * tiles(c, p) > sm_count;

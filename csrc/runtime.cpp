@@ -221,12 +221,6 @@ KnownMap& known_map(const Matrix& matrix, const Box& box) {
 
 }  // namespace
 
-uint32_t box_rows(int64_t rows, uint32_t most) {
-  const auto few = static_cast<uint32_t>(std::min<int64_t>(rows, most));
-  if (few > 4) return (few + 7) / 8 * 8;
-  return few == 3 ? 4 : few;
-}
-
 // The values are those of triton's own launcher; sizes, strides and box go innermost dimension first, strides in bytes.
 Status encode(const LaunchSite& site, const Matrix& matrix, const Box& box, Descriptor* descriptor) {
   KnownMap& known = known_map(matrix, box);

@@ -270,7 +270,7 @@ symbol = next(c.symbol for c in lbg.configs() if c.persistent)
 with lbg.override(symbol):
     show([launch(1, 512, 72)])""", gpus=HOPPER)  # fmt: skip
     assert outcome.printed == [""]
-    assert [call["strides"] for call in outcome.of("cuTensorMapEncodeTiled")] == [[144], [144], [1024]]
+    assert [call["strides"] for call in outcome.of("cuTensorMapEncodeTiled")] == [[144], [144], [144], [1024]]
 
 
 def test_strides_of_single_elements_are_normalised(start: Start) -> None:

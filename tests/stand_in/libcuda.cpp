@@ -151,10 +151,10 @@ std::vector<int64_t> values(const std::string& symbol, void** params) {
   };
   const std::string vectors = "pp", sizes = "iii", scratch = "pp", map = "piipp";
   std::string layout = "ppppp" + sizes + "ppp";
-  if (is("_ws") || is("_pp")) {
-    layout = map + map + vectors + map + sizes + "p";
-  } else if (is("_ws_anyout") || is("_pp_anyout")) {
-    layout = map + map + vectors + "p" + sizes + "p";
+  if (is("_ws") || is("_ws_anyout")) {
+    layout = map + map + map + vectors + (is("_ws") ? map : "p") + sizes + "p";  // weight in two boxes
+  } else if (is("_pp") || is("_pp_anyout")) {
+    layout = map + map + vectors + (is("_pp") ? map : "p") + sizes + "p";
   } else if (is("_ring") || is("_ring_anyout")) {
     layout = map + map + vectors + "p" + sizes + "ppp";  // the weight's pointer and stride last
   } else if (is("_any")) {

@@ -193,10 +193,12 @@ def fill_ring(ring, slots, desc, first, rows, K, POLICY: gl.constexpr):
     for k in range(0, K, ring.TILE_K):
         full = ring.full.index(stage)
         mbarrier.wait(ring.empty.index(stage), phase)
-        mbarrier.expect(full, BOX * ROW_BYTES, pred=rows > SIZES[-2])
-        for size in gl.static_range(1, len(SIZES) - 1):
-            fits = (rows > SIZES[size - 1]) & (rows <= SIZES[size])
-            mbarrier.expect(full, SIZES[size] * ROW_BYTES, pred=fits)
+        if rows > SIZES[-2]:
+            mbarrier.expect(full, BOX * ROW_BYTES)
+        else:
+            for size in gl.static_range(1, len(SIZES) - 1):
+                fits = (rows > SIZES[size - 1]) & (rows <= SIZES[size])
+                mbarrier.expect(full, SIZES[size] * ROW_BYTES, pred=fits)
         for part in gl.static_range(PARTS):
             slot = slots.index(stage * PARTS + part)
             tma.async_load(desc, [first, k + part * PART_K], full, slot, cache_policy=POLICY)

@@ -39,12 +39,14 @@ namespace {
 std::atomic<const Config*> g_override{nullptr};
 
 constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
+constexpr int64_t kLarge = kInt32 / 2;  // sizes up to here leave room for a tile, and for some K steps
 
 // Sizes that matter fit 32 bits, whose division takes a third of the time on many CPUs.
-int64_t ceil_div(int64_t a, int64_t b) {
-  if (a <= kInt32) return (static_cast<uint32_t>(a) + static_cast<uint32_t>(b) - 1) / static_cast<uint32_t>(b);
-  return (a + b - 1) / b;
+int64_t div(int64_t a, int64_t b) {
+  return a <= kInt32 && b <= kInt32 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
 }
+
+int64_t ceil_div(int64_t a, int64_t b) { return a <= b ? a > 0 : div(a + b - 1, b); }
 
 int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -60,10 +62,12 @@ int64_t tiles_of(int64_t size, int32_t tile) { return (size + tile - 1) >> __bui
 // so that choose() looks once. aot/compile.py's hints() is the other side.
 struct Broken {
   const char *loads, *out, *map;
+  bool large;  // a size may be more than some kernel can take
 };
 
 Broken broken(const Problem& p, Alignment pointers) {
   Broken why{};
+  why.large = std::max({p.m, p.n, p.k}) > kLarge || p.m * p.n > kLarge;
   if (!pointers.loads) {
     why.loads = "a pointer is not 16-byte aligned";
   } else if (p.stride_xk != 1 || p.stride_wk != 1 || p.stride_on != 1) {
@@ -95,12 +99,14 @@ Broken broken(const Problem& p, Alignment pointers) {
 
 // why_not() of a config that is of the problem's class.
 const char* why_not_in_class(const Config& c, const Problem& p, const Broken& why) {
-  if (tiles(c, p) > kInt32) return "more tiles than a grid holds";
+  if (why.large && tiles(c, p) > kInt32) return "more tiles than a grid holds";
   if (c.out_aligned && why.out) return why.out;
   if (!c.aligned) return nullptr;
   if (why.loads) return why.loads;
   // Loops look some K steps ahead.
-  if (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - 32 * c.tile_k) return "a size needs 64 bits";
+  if (why.large && (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - 32 * c.tile_k)) {
+    return "a size needs 64 bits";
+  }
   return c.tma ? why.map : nullptr;
 }
 
@@ -126,7 +132,9 @@ int64_t tiles(const Config& c, const Problem& p) { return tiles_of(p.m, c.tile_m
 namespace {
 
 // SMs, or clusters of them, that have tiles of their own.
-int64_t places(const Config& c, int32_t sm_count) { return std::max(1, sm_count / c.cluster); }
+int64_t places(const Config& c, int32_t sm_count) {
+  return c.cluster == 1 ? sm_count : std::max(1, sm_count / c.cluster);
+}
 
 // Into how many pieces the tiles of a last wave are cut: aot/hopper.py's Tiling.cut().
 int64_t cut(const Config& c, int64_t last, int64_t at_once) {
@@ -169,35 +177,44 @@ namespace {
 // Rows of tiles in a group, and of a persistent kernel whose rows have few tiles: aot/rules.py's.
 constexpr int64_t kGroup = 8, kFewColumns = 16, kFewColumnsGroup = 4;
 
+// What of a problem predicted times depend on, whatever the kernel: choose() looks once.
+struct Work {
+  double m, x_bytes, weight_bytes, out_bytes;
+  bool off32, off64, off128;  // whether rows start off so many bytes
+};
+
+Work work(const Problem& p) {
+  const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
+  const auto size = [](DType dtype) { return static_cast<double>(bytes(dtype)); };
+  const int64_t row = row_bytes(p);
+  return {
+      m, m * k * size(p.x), n * k * size(p.weight), m * n * size(p.out), row % 32 != 0, row % 64 != 0, row % 128 != 0};
+}
+
 // Bytes to and from DRAM of `at_once` tiles on the GPU: lbg.h's "reads".
-double dram_bytes(const Config& c, const Problem& p, int64_t at_once, int32_t sm_count) {
+double dram_bytes(const Config& c, const Problem& p, const Work& w, int64_t at_once, int32_t sm_count) {
+  const double held = static_cast<double>(sm_count) * c.l2_bytes_per_sm;
+  if (w.x_bytes + w.weight_bytes <= held) return w.x_bytes + w.weight_bytes + w.out_bytes;
   const int64_t tiles_m = tiles_of(p.m, c.tile_m), tiles_n = tiles_of(p.n, c.tile_n);
   int64_t group = c.persistent && tiles_n <= kFewColumns ? kFewColumnsGroup : kGroup;
   group = c.tma && !c.persistent ? tiles_m : std::min(group, tiles_m);
-  const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
-  const double x = m * k * bytes(p.x), weight = n * k * bytes(p.weight), out = m * n * bytes(p.out);
-  const double group_x = std::min(static_cast<double>(group * c.tile_m), m) * k * bytes(p.x);
-  const double held = static_cast<double>(sm_count) * c.l2_bytes_per_sm;
+  const int64_t rows = group * c.tile_m;
+  const double group_x = rows < p.m ? w.x_bytes * static_cast<double>(rows) / w.m : w.x_bytes;
   int64_t x_reads = 1, weight_reads = 1;
-  if (group_x > held) x_reads = ceil_div(tiles_n, std::max<int64_t>(1, at_once / group));
-  if (weight + group_x > held) weight_reads = ceil_div(tiles_m, std::max(group, at_once / tiles_n));
-  return static_cast<double>(x_reads) * x + static_cast<double>(weight_reads) * weight + out;
+  if (group_x > held) x_reads = ceil_div(tiles_n, std::max<int64_t>(1, div(at_once, group)));
+  if (w.weight_bytes + group_x > held) weight_reads = ceil_div(tiles_m, std::max(group, div(at_once, tiles_n)));
+  return static_cast<double>(x_reads) * w.x_bytes + static_cast<double>(weight_reads) * w.weight_bytes + w.out_bytes;
 }
 
-}  // namespace
-
-double predicted_us(const Config& c, const Problem& p, const Chip& chip) {
+// predicted_us(), or something from `enough` on where that is so long: more need not be known then.
+double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip& chip, double enough) {
   const Cost& cost = chip.full_rate ? c.full_rate_cost : c.cost;
-  const int32_t sm_count = chip.sm_count;
-  const int64_t sms = places(c, sm_count), at_once = sms * c.ctas_per_sm;
-  const int64_t count = tiles(c, p), whole = count / at_once, rest = count - whole * at_once;
+  const int64_t sms = places(c, chip.sm_count), at_once = sms * c.ctas_per_sm;
+  const int64_t count = tiles(c, p), whole = div(count, at_once), rest = count - whole * at_once;
   const int64_t pieces = cut(c, rest, at_once), last = pieces * rest;
   const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
-  double crowd_us = cost.crowd_us;
-  const int64_t row = row_bytes(p);
-  if (row % 128) crowd_us += cost.off128_us;
-  if (row % 64) crowd_us += cost.off64_us;
-  if (row % 32) crowd_us += cost.off32_us;
+  const double crowd_us =
+      cost.crowd_us + (w.off128 ? cost.off128_us : 0) + (w.off64 ? cost.off64_us : 0) + (w.off32 ? cost.off32_us : 0);
   const auto wave_us = [&](int64_t fullest, double per_sm) {
     const double step_us = std::max(static_cast<double>(fullest) * cost.step_us, cost.latency_us);
     return cost.wave_us + steps * (step_us + per_sm * crowd_us);
@@ -205,14 +222,21 @@ double predicted_us(const Config& c, const Problem& p, const Chip& chip) {
   double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
   if (rest) {
     const double us = wave_us(ceil_div(last, sms), static_cast<double>(last) / static_cast<double>(sms));
-    busy += (kShared + (1 - kShared) / static_cast<double>(pieces)) * us;
+    busy += pieces == 1 ? us : (kShared + (1 - kShared) / static_cast<double>(pieces)) * us;
   }
-  const double memory = dram_bytes(c, p, at_once, sm_count) / (sm_count * cost.dram_bytes_per_us);
-  double late = 0;
-  if (c.tma && !early(c, p, sm_count)) late += kLateUs;
-  if (c.tma && 2 * (whole ? at_once : last) > at_once) late += kNoRoomUs;
+  double once = cost.launch_us;
+  if (c.tma && !early(c, p, chip.sm_count)) once += kLateUs;
+  if (c.tma && 2 * (whole ? at_once : last) > at_once) once += kNoRoomUs;
+  if (once + busy >= enough) return once + busy;
+  const double memory = dram_bytes(c, p, w, at_once, chip.sm_count) / (chip.sm_count * cost.dram_bytes_per_us);
   const auto squared = [](double value) { return value * value; };
-  return cost.launch_us + std::sqrt(std::sqrt(squared(squared(busy)) + squared(squared(memory)))) + late;
+  return once + std::sqrt(std::sqrt(squared(squared(busy)) + squared(squared(memory))));
+}
+
+}  // namespace
+
+double predicted_us(const Config& c, const Problem& p, const Chip& chip) {
+  return predicted_us(c, p, work(p), chip, std::numeric_limits<double>::infinity());
 }
 
 Status set_override(const std::string& symbol) {
@@ -238,13 +262,14 @@ const Config* choose(const Problem& p, Alignment pointers, const Chip& chip) {
   const Config* forced = g_override;
   const Class rows = rows_of(p, chip);
   const Broken why = broken(p, pointers);
+  const Work w = work(p);
   const Config* best = nullptr;
   double best_us = std::numeric_limits<double>::infinity();
   for (const Config* c = kConfigs + rows.first; c != kConfigs + rows.first + rows.count; ++c) {
     // The arch's own kernel of the forced name: another arch may ship one of that name too.
     if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && does_without(*c, why)) continue;
     if (why_not_in_class(*c, p, why)) continue;
-    const double us = predicted_us(*c, p, chip);
+    const double us = predicted_us(*c, p, w, chip, best_us);
     if (us < best_us) best = c, best_us = us;
   }
   return best;

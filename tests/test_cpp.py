@@ -83,7 +83,7 @@ print(lbg._C.registration_error() + "|" + second.registration_error())"""
     assert python(code, copy / "_C.abi3.so") == wanted
 
 
-def test_a_choice_costs_less_than_800_cycles(root: Path, tmp_path: Path) -> None:
+def test_a_choice_costs_less_than_200_ns(root: Path, tmp_path: Path) -> None:
     generated = root / "build" / "generated"
     objects = [generated / f"{name}.o" for name in ("dispatch", "kernels", "cubins")]
     if not all(path.exists() for path in objects):
@@ -91,7 +91,7 @@ def test_a_choice_costs_less_than_800_cycles(root: Path, tmp_path: Path) -> None
     source, path = root / "tests" / "cpp" / "choose.cpp", tmp_path / "choose"
     subprocess.run(["g++", "-std=c++20", "-O2", f"-I{root}/csrc", source, *objects, "-o", path], check=True)
     told = subprocess.run([path], capture_output=True, text=True, check=True).stdout
-    best, median, cycle = map(float, told.split())
-    print(f"a choice: best batch {best} ns, median batch {median} ns; a cycle {cycle} ns")
-    # 200 ns at 4 GHz. The best: whatever else the machine does only adds to a batch.
-    assert best < 800 * cycle, (best, median, cycle)
+    best, median, additions = map(float, told.split())
+    print(f"a choice: best batch {best} ns, median batch {median} ns, meanwhile {additions} additions")
+    # 200 ns of a core that does 4 a cycle at 4 GHz. A slower one, or one that has other work besides, gets more time.
+    assert best < 200 or additions < 3200, (best, median, additions)

@@ -1,6 +1,6 @@
-// What a choice costs: the nanoseconds of choose() over the shipped table, best and median of batches, and those of a
-// cycle of this machine, on standard output. Linked to csrc/dispatch.cpp and the generated table alone; nothing is
-// launched.
+// What a choice costs: the nanoseconds of choose() over the shipped table, best and median of batches, and how many
+// additions the core does meanwhile, on standard output. Linked to csrc/dispatch.cpp and the generated table alone;
+// nothing is launched.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -44,31 +44,27 @@ std::vector<Question> questions(size_t count) {
   return found;
 }
 
-// Of additions that wait for one another, which take a cycle each; the best of some batches.
-double cycle_ns() {
-  constexpr int kCount = 100000, kUnrolled = 8;
-  double best = 1e9;
-  for (int batch = 0; batch < 50; ++batch) {
-    uint64_t sum = 0;
-    const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < kCount; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kUnrolled; ++j) {
-        sum += 3;
-        asm volatile("" : "+r"(sum));
-      }
+// Nanoseconds of an addition among others that do not wait for it: what a core gets done beside whatever else it runs.
+double addition_ns() {
+  constexpr int kCount = 10000, kAtOnce = 16;
+  uint64_t a = 0, b = 0, c = 0, d = 0;
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kAtOnce / 4; ++j) {
+      a += 3, b += 3, c += 3, d += 3;
+      asm volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d));
     }
-    const std::chrono::duration<double, std::nano> time = std::chrono::steady_clock::now() - start;
-    best = std::min(best, time.count() / (kCount * kUnrolled));
   }
-  return best;
+  const std::chrono::duration<double, std::nano> time = std::chrono::steady_clock::now() - start;
+  return time.count() / (kCount * kAtOnce);
 }
 
 }  // namespace
 
 int main() {
   const std::vector<Question> asked = questions(4096);
-  std::vector<double> batches_ns;
+  std::vector<double> batches_ns, additions;
   for (int batch = 0; batch < 200; ++batch) {
     size_t none = 0;
     const auto start = std::chrono::steady_clock::now();
@@ -79,7 +75,10 @@ int main() {
       return 1;
     }
     batches_ns.push_back(time.count() / static_cast<double>(asked.size()));
+    additions.push_back(batches_ns.back() / addition_ns());
   }
   std::sort(batches_ns.begin(), batches_ns.end());
-  std::printf("%.1f %.1f %.3f\n", batches_ns.front(), batches_ns[batches_ns.size() / 2], cycle_ns());
+  std::sort(additions.begin(), additions.end());
+  std::printf("%.1f %.1f %.0f\n", batches_ns.front(), batches_ns[batches_ns.size() / 2],
+              additions[additions.size() / 2]);
 }

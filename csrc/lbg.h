@@ -134,9 +134,8 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //   step(c)      = max(q * step_us, latency_us) + c / SMs * crowd
 //                  of a wave of c tiles, q of them on the fullest of the SMs, or of the clusters of SMs that share a
 //                  tile
-//   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c); if the last one's
-//   tiles
-//                  are cut into pieces, kShared + (1 - kShared) / pieces of that
+//   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c); of a last one whose
+//                  tiles are cut into pieces, kShared + (1 - kShared) / pieces of that
 //   memory       = (x reads * bytes of x + weight reads * bytes of weight + bytes of the result)
 //                  / (sm_count * dram_bytes_per_us)
 //   predicted_us = launch_us + (busy^4 + memory^4)^(1/4)

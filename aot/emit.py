@@ -74,8 +74,8 @@ def launcher(index: int, artifact: Artifact) -> str:
 def row(index: int, artifact: Artifact) -> str:
     config, report = artifact.config, artifact.report
     costs = ", ".join(f"{{{', '.join(map(str, astuple(cost(config, report, rate))))}}}" for rate in (False, True))
-    promises = (config.fp16_accumulate, config.aligned, config.out_aligned)
-    flags = ", ".join(str(flag).lower() for flag in (*promises, config.tma, config.persistent))
+    promises = (config.fp16_accumulate, config.aligned, config.out_aligned, config.tma, config.persistent)
+    flags = ", ".join(str(flag).lower() for flag in promises)
     return (
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '
         f"{C_DTYPES[config.out]}, {flags}, {config.tile_m}, {config.tile_n}, {config.tile_k}, {config.warps}, "

@@ -172,10 +172,8 @@ SHARED = 0.4  # csrc/lbg.h's kShared
 
 def cut(config: Launched, last: Any, at_once: int) -> Any:
     """Into how many pieces the tiles of a last wave are cut: csrc/dispatch.cpp's. Of a number, or of an array."""
-    pieces = 1 + 0 * last
-    for more in (2, 4):
-        pieces += (more // 2) * ((more <= config.pieces) & (more * last <= at_once))
-    return pieces
+    halves, quarters = ((pieces <= config.pieces) & (pieces * last <= at_once) for pieces in (2, 4))
+    return 1 + halves + 2 * quarters  # where quarters have a place, halves have
 
 
 def piece_share(pieces: Any) -> Any:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import lbg
+from aot import rules
 from aot.chips import is_full_rate
 from tests import cases
 from tests.bench import fit
@@ -112,15 +113,7 @@ def test_every_launch_is_right(start: Start) -> None:
         grid = -(-m // config.tile_m) * -(-n // config.tile_n)
         if config.persistent:
             at_once = config.ctas_per_sm * 132 // config.cluster
-            grid = min(
-                grid
-                * max(
-                    pieces
-                    for pieces in (1, 2, 4)
-                    if pieces == 1 or (pieces <= config.pieces and grid * pieces <= at_once)
-                ),
-                at_once,
-            )
+            grid = min(grid * rules.cut(config, grid, at_once), at_once)
         grid *= config.cluster
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
@@ -687,7 +680,8 @@ def test_more_sms_and_less_work_never_take_longer(arch: int, mode: tuple[torch.d
     def time_us(m: int, n: int, k: int, sm_count: int) -> float:
         return chosen_for(m, n, k, arch, sm_count, mode).candidates[0].predicted_us or 0.0
 
-    for m, n, k in ((1, 4096, 4096), (64, 1024, 16384), (300, 8192, 512), (2000, 4096, 4096), (16384, 1024, 64)):
+    for m, n, k in ((1, 4096, 4096), (64, 4096, 4096), (64, 1024, 16384), (300, 8192, 512), (2000, 4096, 4096),
+                    (16384, 1024, 64)):  # fmt: skip
         by_sms = [time_us(m, n, k, sm_count) for sm_count in (20, 58, 72, 128, 142, 200)]
         assert by_sms == sorted(by_sms, reverse=True), f"{(m, n, k)}: {by_sms}"
         for sizes in ([(f * m, n, k) for f in (1, 2, 5)], [(m, f * n, k) for f in (1, 2, 5)],

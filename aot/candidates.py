@@ -87,7 +87,8 @@ def tile_from(config: Config) -> Tile:
 def describe(tile: Tile) -> str:
     ctas = f", {tile.cluster} CTAs" if tile.cluster > 1 else ""
     tiles = f"{tile.tile_m}x{tile.tile_n}x{tile.tile_k} {tile.kernel}"
-    return f"{tiles}, {tile.warps} warps, {tile.stages} stages{ctas}"
+    stages = f"{tile.stages} stages" + (f", {tile.x_stages} of x" if tile.x_stages else "")
+    return f"{tiles}, {tile.warps} warps, {stages}{ctas}"
 
 
 def _tiles(arch: int, kind: str, dtypes: DTypes, promise: str) -> Iterator[tuple[Tile, str]]:
@@ -172,7 +173,8 @@ RING_SHAPES = (
     (64, 32, 64), (64, 32, 128), (64, 32, 256), (64, 64, 64), (64, 64, 128), (64, 128, 64), (64, 128, 128),
     (64, 256, 64), (128, 64, 64), (128, 128, 64), (128, 256, 64)
 )  # fmt: skip
-RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 128, 64), (128, 128, 64))
+DEEP_K = 128  # from here on a float32 x gains from barriers of its own (aot/hopper.py's Ring)
+RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 64, 128), (64, 128, 64), (128, 128, 64))
 # The last of a 16-bit x alone, and the last of PINGPONG_SHAPES of a float32 one: else, on an H100, 5 % or more behind
 # the best at every shape.
 WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 64, 64), (256, 128, 64), (256, 64, 64))
@@ -186,7 +188,8 @@ OUT_BUFFERS = 2  # aot/hopper.py's
 
 
 def _ring(dtypes: DTypes, few: bool) -> Iterator[Tile]:
-    """As many stages as fit for one CTA an SM; of the small tiles, for two CTAs besides."""
+    """As many stages as fit for one CTA an SM; of the small tiles, for two CTAs besides. Of deep steps, for a float32 x
+    with barriers of its own besides."""
     x, _, out, _ = dtypes
     chip = LIMITS[90]
     for m, n, k in RING_FEW if few else RING_SHAPES:
@@ -196,6 +199,17 @@ def _ring(dtypes: DTypes, few: bool) -> Iterator[Tile]:
             room = min(chip.shared_block_bytes, chip.shared_bytes // ctas - SYSTEM_SHARED_BYTES)
             stages = min(MOST_STAGES, (room - result - BARRIER_BYTES) // each)
             yield Tile(m, n, k, m // 16 + 4, stages, kernel="ring")
+        if x == "f32" and k == DEEP_K:
+            room = chip.shared_block_bytes - result - BARRIER_BYTES
+            x_stages, stages = _apart(room, m * ELEMENT_BYTES[x] * k, n * 2 * k)
+            yield Tile(m, n, k, m // 16 + 4, min(MOST_STAGES, stages), kernel="ring", x_stages=x_stages)
+
+
+def _apart(room: int, x_bytes: int, weight_bytes: int) -> tuple[int, int]:
+    """Stages of x and of weight in so much shared memory: of x, which is in L2, as many as of the weight at most."""
+    stages = {of_x: (room - of_x * x_bytes) // weight_bytes for of_x in range(room // x_bytes + 1)}
+    most = max(of_x for of_x, of_weight in stages.items() if of_x <= of_weight)
+    return most, stages[most]
 
 
 def _persistent(

@@ -205,7 +205,7 @@ def tma_signature(
         constants |= {"OUT_DTYPE": elements[config.out], "OUT_BY_TMA": config.out_aligned}
         constants |= {"IN_TURN": config.kernel == "pingpong", "PIECES": config.pieces}
     else:
-        constants |= {"OUT_ALIGNED": config.out_aligned}
+        constants |= {"X_STAGES": config.x_stages, "OUT_ALIGNED": config.out_aligned}
     constants |= {"SYMBOL": config.symbol}
     return types | dict.fromkeys(constants, "constexpr"), constants, hints(config, list(types))
 

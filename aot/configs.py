@@ -46,6 +46,7 @@ class Config:
     warps_m: int = 0  # async: of the warps, how many lie along M
     unit_k: int = 0  # async: how deep the operands are that a warp holds in registers, twice
     cluster: int = 1  # ws: CTAs that share a tile, half of its rows each
+    x_stages: int = 0  # ring: of a float32 x that has barriers of its own; else 0, and x has as many as weight
     out_aligned: bool = True  # relies on stores that are: rows of the result start on 16 bytes, N is a multiple of 8
 
     @property
@@ -55,7 +56,8 @@ class Config:
         kind = {"tile": "", "async": "_async", "ring": "_ring", "ws": "_ws", "pingpong": "_pp"}[self.kernel]
         kind = f"_c{self.cluster}{kind}" if self.cluster > 1 else kind
         kind += "" if self.out_aligned else "_anyout" if self.aligned else "_any"
-        return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{self.stages}{kind}"
+        stages = f"{self.stages}x{self.x_stages}" if self.x_stages else f"{self.stages}"
+        return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{stages}{kind}"
 
     @property
     def tma(self) -> bool:
@@ -138,6 +140,7 @@ class Tile:
     warps_m: int = 0
     unit_k: int = 0
     cluster: int = 1
+    x_stages: int = 0
 
 
 # Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements. By
@@ -212,10 +215,13 @@ def class_of(config: Config) -> tuple[int, str, str, str, bool]:
 
 
 def regime(config: Config) -> str:
-    """The M that a tile is for. A generic kernel is of every regime, its last resort."""
+    """The M that a tile is for. A generic kernel is of every regime, its last resort.
+
+    A ring's tile of few columns is for few rows, however high: every tile of a row reads all of x.
+    """
     if not config.aligned:
         return "any M"
-    rows = config.tile_m
+    rows = min(config.tile_m, config.tile_n) if config.kernel == "ring" else config.tile_m
     size = "few rows" if rows <= 32 else "some rows" if rows == 64 else "many rows" if rows == 128 else "most rows"
     return size if config.out_aligned else f"{size}, any result"
 
@@ -232,6 +238,9 @@ def check_classes(configs: Sequence[Config]) -> None:
         if last.aligned or last.out_aligned or (last.warps, last.stages) != (4, 2):
             raise BuildError(f"{label}: the last config, {last.symbol}, is not the conservative one: any alignment, 4 "
                              "warps, 2 stages")  # fmt: skip
+        for row in rows:
+            if row.x_stages and (row.kernel != "ring" or row.x == row.weight):
+                raise BuildError(f"{label}: {row.symbol}: stages of x are its own in a ring with a float32 x alone")
         for name, count in Counter(map(regime, rows[:-1])).items():
             if count + 1 > MOST_IN_REGIME or name == "any M":
                 raise BuildError(f"{label}: {count + 1} configs for {name}; the most is {MOST_IN_REGIME}, the "

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aot.chips import REFERENCE
-from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, Launched, cut, late_us, piece_share, places
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, Launched, cut, late_us, loaded, piece_share, places
 
 HOPELESS = 3  # times as slow as the best of its shape: timed once, and of no weight in the fit
 
@@ -84,7 +84,7 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
     whole, rest = ctas // most, ctas % most
     starts = row_bytes(config, shapes)
     busy, memory = np.zeros((2, len(shapes), len(CONSTANTS)))
-    pieces = cut(config, rest, most)
+    pieces, part = cut(config, rest, most), loaded(config, x, weight, m, n)
     for waves, at_once in ((whole, most), ((rest > 0) * piece_share(pieces), rest * pieces)):
         fullest, per_sm = -(-at_once // sms), at_once / sms
         by_step = fullest * linear[2] > linear[3]
@@ -93,7 +93,7 @@ def coefficients(config: Kernel, shapes: np.ndarray, sm_count: int, linear: np.n
         busy[:, 3] += waves * steps * np.where(by_step, 0, 1)
         busy[:, 4] += waves * steps * per_sm
         for column, unit in ((5, 32), (6, 64), (7, 128)):
-            busy[:, column] += waves * steps * per_sm * (starts % unit != 0)
+            busy[:, column] += waves * steps * per_sm * (starts % unit != 0) * part
     x_reads, weight_reads = reads(config, shapes, most, REFERENCE[config.arch].l2_share * sm_count)
     memory[:, 8] = (x_reads * m * k * x + weight_reads * n * k * weight + m * n * out) / sm_count
     busy_us, memory_us = busy @ linear, memory @ linear

@@ -79,6 +79,7 @@ def lbg_fused_ring(
     TILE_N: gl.constexpr,
     TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
+    X_STAGES: gl.constexpr,  # of a float32 x that has barriers of its own; else 0
     OUT_ALIGNED: gl.constexpr,
     SYMBOL: gl.constexpr,
 ):
@@ -88,24 +89,22 @@ def lbg_fused_ring(
     first_n = full_box(gl.program_id(0) // tiles_m * TILE_N, N, TILE_N)
     if tiles_m <= ASK_TILES_M:
         ask_l2(weight_ptr, stride_wn, first_n, N, K, TILE_N, whole_power(STAGES * TILE_K))
-    ring = Ring(
-        allocate_slots(x, TILE_M, TILE_K, STAGES),
-        allocate_slots(weight, TILE_N, TILE_K, STAGES),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        TILE_K,
-        STAGES,
-    )
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ring.full.index(stage), count=2)  # either loader
-        mbarrier.init(ring.empty.index(stage), count=1)
+    x_slots = allocate_slots(x, TILE_M, TILE_K, X_STAGES if X_STAGES else STAGES)
+    weight_slots = allocate_slots(weight, TILE_N, TILE_K, STAGES)
+    full, empty = allocate_barriers(STAGES, 1 if X_STAGES else 2, 1)
+    weight_ring = Ring(weight_slots, full, empty, TILE_K, STAGES)
+    x_ring = Ring(x_slots, full, empty, TILE_K, STAGES)
+    if X_STAGES:
+        x_full, x_empty = allocate_barriers(X_STAGES, 1, 1)
+        x_ring = Ring(x_slots, x_full, x_empty, TILE_K, X_STAGES)
+    result = (scale_ptr, shift_ptr, out_ptr, stride_om)
     begin_in_earnest()
     # Four or eight warps multiply; of two more, one brings in x and one the weight.
     gl.warp_specialize(
         [
-            (ring_tile, (ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, stride_om, OUT_ALIGNED)),
-            (fill_ring, (ring, ring.weight, weight, first_n, N, K, READ_ONCE)),
-            (fill_ring, (ring, ring.x, x, first_m, M, K, None)),
+            (ring_tile, (x_ring, weight_ring, result, first_m, first_n, M, N, K, X_STAGES, OUT_ALIGNED)),
+            (fill_ring, (weight_ring, weight, first_n, N, K, READ_ONCE)),
+            (fill_ring, (x_ring, x, first_m, M, K, None)),
         ],
         [1, 1],
     )
@@ -143,11 +142,16 @@ def prefetches(outputs, inputs):
 
 @gluon.aggregate
 class Ring:
-    """STAGES slots of shared memory for [TILE_M, TILE_K] of x and [TILE_N, TILE_K] of the weight, and the mbarriers
-    that say a slot is full or empty. Along K an operand is cut into parts as wide as the swizzle, 128 bytes."""
+    """STAGES slots of shared memory for one operand's [rows of a tile, TILE_K], and the mbarriers that say a slot is
+    full or empty. Along K a slot is cut into parts as wide as the swizzle, 128 bytes.
 
-    x: gl.shared_memory_descriptor
-    weight: gl.shared_memory_descriptor
+    Both operands have the same barriers, each of which costs a consumer about 30 cycles a step; but a float32 x may
+    have its own. Where steps are deep that costs less than it gains: x needs few slots, being in L2, and the weight has
+    all the more on its way from DRAM. On an H100 a float32 x takes 12.5 us for 13.3 at 1x4096x4096, 12.9 for 14.0 at
+    M=64, 15.4 for 17.0 at M=128 (of builds with either; no command here makes them again).
+    """
+
+    slots: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     TILE_K: gl.constexpr
@@ -167,6 +171,17 @@ def allocate_slots(desc, ROWS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.co
 
 
 @gluon.jit
+def allocate_barriers(STAGES: gl.constexpr, LOADERS: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(full, empty) of one ring: loaders arrive at full, those who consume a tile at empty."""
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=LOADERS)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    return full, empty
+
+
+@gluon.jit
 def full_box(first, rows, BOX: gl.constexpr):
     """Where to begin, for BOX rows from `first` on not to run past the last row. Those that are then done twice have
     the same bits both times; the TMA unit takes longer to fill a row in with zeros than to read it."""
@@ -180,8 +195,8 @@ def box_sizes(most):
 
 
 @gluon.jit
-def fill_ring(ring, slots, desc, first, rows, K, POLICY: gl.constexpr):
-    """Brings one operand's rows from `first` on into its slots, K ascending, as they come free. A matrix of fewer rows
+def fill_ring(ring, desc, first, rows, K, POLICY: gl.constexpr):
+    """Brings one operand's rows from `first` on into its ring, K ascending, as slots come free. A matrix of fewer rows
     than a tile has a smaller box, and the rest of a slot stays as it is: what is multiplied with it is not stored."""
     BOX: gl.constexpr = desc.block_shape[0]
     SIZES: gl.constexpr = box_sizes(BOX)
@@ -200,16 +215,29 @@ def fill_ring(ring, slots, desc, first, rows, K, POLICY: gl.constexpr):
                 fits = (rows > SIZES[size - 1]) & (rows <= SIZES[size])
                 mbarrier.expect(full, SIZES[size] * ROW_BYTES, pred=fits)
         for part in gl.static_range(PARTS):
-            slot = slots.index(stage * PARTS + part)
+            slot = ring.slots.index(stage * PARTS + part)
             tma.async_load(desc, [first, k + part * PART_K], full, slot, cache_policy=POLICY)
         stage, phase = ring.next(stage, phase)
 
 
 @gluon.jit
-def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, stride_om, OUT_ALIGNED: gl.constexpr):
-    """Multiplies what the ring brings, finishes the tile and stores it."""
-    TILE_M: gl.constexpr = ring.x.shape[1]
-    TILE_N: gl.constexpr = ring.weight.shape[1]
+def ring_tile(
+    x,
+    weight,
+    result,
+    first_m,
+    first_n,
+    M,
+    N,
+    K,
+    X_STAGES: gl.constexpr,
+    OUT_ALIGNED: gl.constexpr,
+):
+    """Multiplies what the rings bring, finishes the tile and stores it."""
+    scale_ptr, shift_ptr, out_ptr, stride_om = result
+    TILE_M: gl.constexpr = x.slots.shape[1]
+    TILE_N: gl.constexpr = weight.slots.shape[1]
+    ROUNDS: gl.constexpr = x.slots.dtype != weight.slots.dtype
     WARPS: gl.constexpr = gl.num_warps()
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE_N, 16])
     # Read before the loop: at its end, nothing would hide that they come from DRAM.
@@ -217,14 +245,19 @@ def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, st
     scale = gl.expand_dims(gl.load(scale_ptr + cols), 0)
     shift = gl.expand_dims(gl.load(shift_ptr + cols), 0)
     zeros = gl.zeros([TILE_M, TILE_N], gl.float32, ACC)
-    acc = products(ring, zeros, K) if ring.x.dtype == ring.weight.dtype else rounded_products(ring, zeros, K)
+    if X_STAGES:
+        acc = products_by_halves(x, weight, zeros, K)
+    elif ROUNDS:
+        acc = rounded_products(x, weight, zeros, K)
+    else:
+        acc = products(x, weight, zeros, K)
 
     # Through shared memory to a layout in which a thread stores 16 bytes, or a warp neighbours.
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth if OUT_ALIGNED else 1
     LANES: gl.constexpr = min(32, TILE_N // VECTOR)
     STORE: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     y = relu_gelu(acc * scale + shift, out_ptr.dtype.element_ty)
-    if ring.x.dtype != ring.weight.dtype:
+    if ROUNDS:
         y = in_order(y)
     y = gl.convert_layout(y, STORE)
     rows = gl.expand_dims(first_m + gl.arange(0, TILE_M, gl.SliceLayout(1, STORE)), 1)
@@ -235,57 +268,97 @@ def ring_tile(ring, scale_ptr, shift_ptr, out_ptr, first_m, first_n, M, N, K, st
 
 
 @gluon.jit
-def products(ring, zeros, K):
-    """x @ weight.T of what the ring brings."""
-    PARTS: gl.constexpr = ring.TILE_K // ring.x.shape[2]
+def products(x, weight, zeros, K):
+    """x @ weight.T of what the rings bring, which have the same barriers."""
+    PARTS: gl.constexpr = x.TILE_K // x.slots.shape[2]
     acc = warpgroup_mma_init(zeros)
     stage = 0
     phase = 0
     last = 0
-    for k in range(0, K, ring.TILE_K):
-        mbarrier.wait(ring.full.index(stage), phase)
+    for k in range(0, K, x.TILE_K):
+        mbarrier.wait(x.full.index(stage), phase)
         for part in gl.static_range(PARTS):
-            weight = ring.weight.index(stage * PARTS + part)
-            acc = warpgroup_mma(ring.x.index(stage * PARTS + part), weight.permute((1, 0)), acc, is_async=True)
+            operand = weight.slots.index(stage * PARTS + part).permute((1, 0))
+            acc = warpgroup_mma(x.slots.index(stage * PARTS + part), operand, acc, is_async=True)
         # This slot's products stay in flight; the slot before is done with.
         acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=PARTS, deps=(acc,)))
-        mbarrier.arrive(ring.empty.index(last), pred=k > 0)
+        mbarrier.arrive(x.empty.index(last), pred=k > 0)
         last = stage
-        stage, phase = ring.next(stage, phase)
+        stage, phase = x.next(stage, phase)
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
 
 
 @gluon.jit
-def rounded_products(ring, zeros, K):
+def rounded_products(x, weight, zeros, K):
     """The same of a float32 x, of which a slot has twice as many parts as of the weight."""
+    PARTS: gl.constexpr = x.TILE_K // x.slots.shape[2]
+    ACC: gl.constexpr = zeros.type.layout
+    DTYPE: gl.constexpr = weight.slots.dtype
     acc = zeros
     stage = 0
     phase = 0
-    mbarrier.wait(ring.full.index(0), 0)
-    x = rounded_parts(ring, 0, zeros.type.layout, 0)
-    for _ in range(ring.TILE_K, K, ring.TILE_K):
-        acc = multiply_parts(x, ring, stage, acc)
-        next_stage, next_phase = ring.next(stage, phase)
-        mbarrier.wait(ring.full.index(next_stage), next_phase)
-        next_x = rounded_parts(ring, next_stage, zeros.type.layout, 0)
+    mbarrier.wait(x.full.index(0), 0)
+    parts = load_parts(x, 0, ACC, DTYPE, 0, PARTS)
+    for _ in range(x.TILE_K, K, x.TILE_K):
+        acc = multiply_parts(parts, x, weight, stage, 0, acc)
+        next_stage, next_phase = x.next(stage, phase)
+        mbarrier.wait(x.full.index(next_stage), next_phase)
+        next_parts = load_parts(x, next_stage, ACC, DTYPE, 0, PARTS)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        mbarrier.arrive(ring.empty.index(stage))
-        x = next_x
+        mbarrier.arrive(x.empty.index(stage))
+        parts = next_parts
         stage = next_stage
         phase = next_phase
-    acc = multiply_parts(x, ring, stage, acc)
+    acc = multiply_parts(parts, x, weight, stage, 0, acc)
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
 
 
 @gluon.jit
-def rounded_parts(ring, stage, ACC: gl.constexpr, FIRST: gl.constexpr):
-    """A slot's x from part FIRST on, in weight's dtype, as wgmma takes it from registers: a tensor a part."""
-    PARTS: gl.constexpr = ring.TILE_K // ring.x.shape[2]
-    if FIRST == PARTS:
+def products_by_halves(x, weight, zeros, K):
+    """The same where x has barriers of its own. Half of a slot of x is on its way to registers while the other half is
+    rounded and multiplied."""
+    PARTS: gl.constexpr = x.TILE_K // x.slots.shape[2]
+    HALF: gl.constexpr = PARTS // 2
+    ACC: gl.constexpr = zeros.type.layout
+    DTYPE: gl.constexpr = x.slots.dtype  # rounded as they are multiplied, not as they are read
+    acc = zeros
+    stage = 0
+    phase = 0
+    x_stage = 0
+    x_phase = 0
+    mbarrier.wait(x.full.index(0), 0)
+    first = load_parts(x, 0, ACC, DTYPE, 0, HALF)
+    for _ in range(x.TILE_K, K, x.TILE_K):
+        second = load_parts(x, x_stage, ACC, DTYPE, HALF, PARTS)
+        mbarrier.wait(weight.full.index(stage), phase)
+        acc = multiply_parts(first, x, weight, stage, 0, acc)
+        next_stage, next_phase = x.next(x_stage, x_phase)
+        mbarrier.wait(x.full.index(next_stage), next_phase)
+        first = load_parts(x, next_stage, ACC, DTYPE, 0, HALF)
+        acc = multiply_parts(second, x, weight, stage, HALF, acc)
+        # No sooner: an arrival does not wait for loads that are on their way, but wgmma does for its registers.
+        mbarrier.arrive(x.empty.index(x_stage))
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(weight.empty.index(stage))
+        stage, phase = weight.next(stage, phase)
+        x_stage = next_stage
+        x_phase = next_phase
+    second = load_parts(x, x_stage, ACC, DTYPE, HALF, PARTS)
+    mbarrier.wait(weight.full.index(stage), phase)
+    acc = multiply_parts(first, x, weight, stage, 0, acc)
+    acc = multiply_parts(second, x, weight, stage, HALF, acc)
+    return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+
+
+@gluon.jit
+def load_parts(x, stage, ACC: gl.constexpr, DTYPE: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr):
+    """Parts FIRST to END of a slot of a float32 x as wgmma takes them from registers, in DTYPE: a tensor a part."""
+    PARTS: gl.constexpr = x.TILE_K // x.slots.shape[2]
+    if FIRST == END:
         return ()
     else:
-        x = load_spread(ring.x.index(stage * PARTS + FIRST), ACC).to(ring.weight.dtype)
-        return (x,) + rounded_parts(ring, stage, ACC, FIRST + 1)
+        part = load_spread(x.slots.index(stage * PARTS + FIRST), ACC).to(DTYPE)
+        return (part,) + load_parts(x, stage, ACC, DTYPE, FIRST + 1, END)
 
 
 @gluon.constexpr_function
@@ -320,15 +393,15 @@ def in_order(y):
 
 
 @gluon.jit
-def multiply_parts(x, ring, stage, acc):
-    """Begins acc + x @ weight.T of one slot."""
-    X_K: gl.constexpr = ring.x.shape[2]
-    WEIGHT_K: gl.constexpr = ring.weight.shape[2]
-    WEIGHT_PARTS: gl.constexpr = ring.TILE_K // WEIGHT_K
-    for part in gl.static_range(ring.TILE_K // X_K):
-        weight = ring.weight.index(stage * WEIGHT_PARTS + part * X_K // WEIGHT_K)
-        weight = weight.slice(part * X_K % WEIGHT_K, X_K, dim=1)
-        acc = warpgroup_mma(x[part], weight.permute((1, 0)), acc, is_async=True)
+def multiply_parts(parts, x, weight, stage, FIRST: gl.constexpr, acc):
+    """Begins acc + x @ weight.T of a slot's parts from FIRST on."""
+    X_K: gl.constexpr = x.slots.shape[2]
+    WEIGHT_K: gl.constexpr = weight.slots.shape[2]
+    WEIGHT_PARTS: gl.constexpr = weight.TILE_K // WEIGHT_K
+    for index in gl.static_range(len(parts)):
+        operand = weight.slots.index(stage * WEIGHT_PARTS + (FIRST + index) * X_K // WEIGHT_K)
+        operand = operand.slice((FIRST + index) * X_K % WEIGHT_K, X_K, dim=1).permute((1, 0))
+        acc = warpgroup_mma(parts[index].to(weight.slots.dtype), operand, acc, is_async=True)
     return acc
 
 
@@ -427,7 +500,7 @@ def stage_of(step, ring):
 def lbg_fused_ws(
     x,
     weight,
-    weight_piece,  # the same in boxes of the narrowest piece's rows: a tile in four loads took up to 10 % longer
+    weight_piece,  # the same in boxes of the narrowest piece's rows: a tile in two loads took 1 % longer
     scale_ptr,
     shift_ptr,
     out,  # a tensor map, or a pointer where the result's rows do not start on 16-byte boundaries
@@ -458,10 +531,10 @@ def lbg_fused_ws(
     x_slots = gl.allocate_shared_memory(x.dtype, [STAGES * X_BOXES, TILE_M // X_BOXES, TILE_K], x.layout)
     weight_slots = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_N, TILE_K], weight.layout)
     out_slots = gl.allocate_shared_memory(OUT_DTYPE, [2 * OUT_BUFFERS, ROWS, COLUMNS], OUT_LAYOUT)
-    full, empty = allocate_barriers(STAGES, 1 if IN_TURN else 2)
+    full, empty = allocate_barriers(STAGES, 1, 1 if IN_TURN else 2)
     x_full, x_empty = full, empty
     if ROUNDS:
-        x_full, x_empty = allocate_barriers(STAGES, 1 if IN_TURN else 2)
+        x_full, x_empty = allocate_barriers(STAGES, 1, 1 if IN_TURN else 2)
     turn = full
     if IN_TURN:
         turn = mbarrier.allocate_mbarrier(batch=2)
@@ -490,17 +563,6 @@ def lbg_fused_ws(
 def split_rows(ctas):
     """Layouts' cga_layout of what a cluster of two CTAs shares: half of the rows each."""
     return {1: [], 2: [[1, 0]]}[ctas]
-
-
-@gluon.jit
-def allocate_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """(full, empty) of one ring: a loader arrives at full, those who consume a tile at empty."""
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    return full, empty
 
 
 @gluon.jit

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aot.chips import MMA_PRODUCTS, SHARED_BYTES_A_CYCLE, SUB_CORES, Chip, ctas_per_sm
 from aot.configs import ELEMENT_BYTES, Config
-from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, cut, grid, late_us, piece_share, places
+from aot.rules import FEW_COLUMNS, FEW_COLUMNS_GROUP_M, GROUP_M, cut, grid, late_us, loaded, piece_share, places
 
 if TYPE_CHECKING:
     from aot.compile import Report
@@ -178,7 +178,8 @@ def predicted_us(
     does."""
     steps, tiles, sms = up(k, config.tile_k), grid(m, n, config.tile_m, config.tile_n), places(config, sm_count)
     offs = ((32, cost.off32_us), (64, cost.off64_us), (128, cost.off128_us))
-    crowd_us = cost.crowd_us + sum(us for unit, us in offs if row_bytes(config, m, n, k) % unit)
+    off_us = sum(us for unit, us in offs if row_bytes(config, m, n, k) % unit)
+    crowd_us = cost.crowd_us + off_us * loaded(config, ELEMENT_BYTES[config.x], ELEMENT_BYTES[config.weight], m, n)
     busy = 0.0
     for count, ctas in waves(config, tiles, sms * at_once):
         step_us = max(up(ctas, sms) * cost.step_us, cost.latency_us)

@@ -206,6 +206,17 @@ double dram_bytes(const Config& c, const Problem& p, const Work& w, int64_t at_o
   return static_cast<double>(x_reads) * w.x_bytes + static_cast<double>(weight_reads) * w.weight_bytes + w.out_bytes;
 }
 
+// lbg.h's "loaded".
+double loaded(const Config& c, const Problem& p) {
+  if (!c.tma || c.persistent || (p.m >= c.tile_m && p.n >= c.tile_n)) return 1;
+  const auto step = [&](int64_t rows, int64_t columns) {
+    return static_cast<double>(rows * bytes(c.x) + columns * bytes(c.weight));
+  };
+  const double part =
+      step(std::min<int64_t>(p.m, c.tile_m), std::min<int64_t>(p.n, c.tile_n)) / step(c.tile_m, c.tile_n);
+  return part * part;
+}
+
 // predicted_us(), or something from `enough` on where that is so long: more need not be known then.
 double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip& chip, double enough) {
   const Cost& cost = chip.full_rate ? c.full_rate_cost : c.cost;
@@ -213,8 +224,10 @@ double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip
   const int64_t count = tiles(c, p), whole = div(count, at_once), rest = count - whole * at_once;
   const int64_t pieces = cut(c, rest, at_once), last = pieces * rest;
   const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
-  const double crowd_us =
-      cost.crowd_us + (w.off128 ? cost.off128_us : 0) + (w.off64 ? cost.off64_us : 0) + (w.off32 ? cost.off32_us : 0);
+  double crowd_us = cost.crowd_us;
+  if (w.off128) {
+    crowd_us += loaded(c, p) * (cost.off128_us + (w.off64 ? cost.off64_us : 0) + (w.off32 ? cost.off32_us : 0));
+  }
   const auto wave_us = [&](int64_t fullest, double per_sm) {
     const double step_us = std::max(static_cast<double>(fullest) * cost.step_us, cost.latency_us);
     return cost.wave_us + steps * (step_us + per_sm * crowd_us);

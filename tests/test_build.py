@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="needs the build's environment", exc_type=I
 
 import build
 from aot import BuildError, compile, costs, emit, model, package
+from aot.candidates import BARRIER_BYTES
 from aot.chips import FULL_RATE, LIMITS, REFERENCE
 from aot.configs import ARCHS, CONFIGS, DTYPES, FP16_CHUNK, Config, check_classes, class_of, ctas_per_sm
 
@@ -108,7 +109,7 @@ def test_a_kernel_that_stores_in_its_loop(tmp_path: Path, kernels: Callable[...,
 WS_STORE = "            tma.async_store(out, [first_m, first], buffer)\n"
 WS_STEP = "            release(rings, step - 1)\n            step += 1\n"
 WS_STEP_STORE = "            tma.async_store(result[0], [first_m, first_n], rings.out.index(WHO))\n"
-RING_STEP = "        mbarrier.arrive(ring.empty.index(last), pred=k > 0)\n"
+RING_STEP = "        mbarrier.arrive(x.empty.index(last), pred=k > 0)\n"
 
 
 @pytest.mark.parametrize(
@@ -118,8 +119,8 @@ RING_STEP = "        mbarrier.arrive(ring.empty.index(last), pred=k > 0)\n"
         (PINGPONG, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
         # once for each consumer's program
         (WS, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.66667 stores per output element, 2 inside a loop"),
-        (RING, [("= products(ring, zeros, K)", "= products(ring, zeros, K, out_ptr)"),
-                ("def products(ring, zeros, K)", "def products(ring, zeros, K, out_ptr)"),
+        (RING, [("= products(x, weight, zeros, K)", "= products(x, weight, zeros, K, out_ptr)"),
+                ("def products(x, weight, zeros, K)", "def products(x, weight, zeros, K, out_ptr)"),
                 (RING_STEP, RING_STEP + "        gl.store(out_ptr + k, 0.0)\n")],
          r"1\.\d+ stores per output element, 1 inside"),
     ],
@@ -161,6 +162,17 @@ def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: 
         report = compile.build(replace(config, **change), 90, tmp_path / "cubin").report
         assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
         assert report.mma == mma, report
+
+
+def test_a_float32_x_may_have_slots_and_barriers_of_its_own(tmp_path: Path) -> None:
+    apart = replace(RING, x="f32", tile_k=128, stages=5, x_stages=4)
+    report = compile.build(apart, 90, tmp_path / "cubin").report
+    assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
+    assert report.mma == 2 * apart.tile_k // 16  # in the loop and in a step beside it
+    operands = apart.tile_k * (apart.x_stages * 4 * apart.tile_m + apart.stages * 2 * apart.tile_n)
+    barriers = 2 * 8 * (apart.stages + apart.x_stages)
+    assert 0 <= report.shared_bytes - operands - 2 * apart.tile_m * apart.tile_n - barriers < BARRIER_BYTES
+    assert apart.symbol.endswith("_s5x4_ring")
 
 
 def test_a_clusters_ctas_share_the_weights_load_and_end_together() -> None:
@@ -271,7 +283,7 @@ def test_a_record_without_its_cubin_is_no_cache(tmp_path: Path) -> None:
 def test_the_cache_key_tells_configs_and_archs_apart() -> None:
     changes = {"x": "f32", "weight": "bf16", "out": "f32", "fp16_accumulate": True, "aligned": False, "tile_m": 32}
     changes |= {"tile_n": 32, "tile_k": 32, "warps": 8, "stages": 2, "epilogue_parts": 2, "group_m": 4, "arch": 90}
-    changes |= {"kernel": "ring", "warps_m": 2, "unit_k": 32, "out_aligned": False, "cluster": 2}
+    changes |= {"kernel": "ring", "warps_m": 2, "unit_k": 32, "out_aligned": False, "cluster": 2, "x_stages": 4}
     assert set(changes) == set(Config.__dataclass_fields__)
     keys = [compile.cache_key(replace(SMALL, **{name: value}), 90) for name, value in changes.items()]
     keys += [compile.cache_key(SMALL, 89), compile.cache_key(SMALL, 90)]
@@ -440,6 +452,7 @@ GENERIC = Config(89, "f16", "f16", "f16", False, False, 64, 64, 32, 4, 2, out_al
         ([SMALL] * 4 + [GENERIC], "5 configs for few rows; the most is 4, the conservative one among them"),
         ([GENERIC, GENERIC], "2 configs for any M"),
         ([SMALL, GENERIC, replace(GENERIC, arch=90), GENERIC], "its configs do not stand together in CONFIGS"),
+        ([replace(SMALL, x_stages=4), GENERIC], "stages of x are its own in a ring with a float32 x alone"),
     ],
 )
 def test_a_class_that_dispatch_cannot_rely_on(rows: list[Config], told: str) -> None:

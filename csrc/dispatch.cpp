@@ -97,9 +97,11 @@ Broken broken(const Problem& p, Alignment pointers) {
   return why;
 }
 
+int64_t tiles_in(const Config& c, const Problem& p) { return tiles_of(p.m, c.tile_m) * tiles_of(p.n, c.tile_n); }
+
 // why_not() of a config that is of the problem's class.
-const char* why_not_in_class(const Config& c, const Problem& p, const Broken& why) {
-  if (why.large && tiles(c, p) > kInt32) return "more tiles than a grid holds";
+[[gnu::always_inline]] inline const char* why_not_in_class(const Config& c, const Problem& p, const Broken& why) {
+  if (why.large && tiles_in(c, p) > kInt32) return "more tiles than a grid holds";
   if (c.out_aligned && why.out) return why.out;
   if (!c.aligned) return nullptr;
   if (why.loads) return why.loads;
@@ -127,7 +129,7 @@ Class rows_of(const Problem& p, const Chip& chip) {
 
 }  // namespace
 
-int64_t tiles(const Config& c, const Problem& p) { return tiles_of(p.m, c.tile_m) * tiles_of(p.n, c.tile_n); }
+int64_t tiles(const Config& c, const Problem& p) { return tiles_in(c, p); }
 
 namespace {
 
@@ -217,11 +219,16 @@ double loaded(const Config& c, const Problem& p) {
   return part * part;
 }
 
-// predicted_us(), or something from `enough` on where that is so long: more need not be known then.
-double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip& chip, double enough) {
+// Of a wave of whole tiles, what one of 1, 2 or 4 pieces takes.
+constexpr double kShare[] = {0, 1, kShared + (1 - kShared) / 2, 0, kShared + (1 - kShared) / 4};
+
+// predicted_us(), or something from `enough` on where that is so long: more need not be known then. Inlined into
+// choose()'s loop, as why_not_in_class() is: that takes a twentieth off a choice.
+[[gnu::always_inline]] inline double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip& chip,
+                                                  double enough) {
   const Cost& cost = chip.full_rate ? c.full_rate_cost : c.cost;
   const int64_t sms = places(c, chip.sm_count), at_once = sms * c.ctas_per_sm;
-  const int64_t count = tiles(c, p), whole = div(count, at_once), rest = count - whole * at_once;
+  const int64_t count = tiles_in(c, p), whole = div(count, at_once), rest = count - whole * at_once;
   const int64_t pieces = cut(c, rest, at_once), last = pieces * rest;
   const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
   double crowd_us = cost.crowd_us;
@@ -235,7 +242,7 @@ double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip
   double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
   if (rest) {
     const double us = wave_us(ceil_div(last, sms), static_cast<double>(last) / static_cast<double>(sms));
-    busy += pieces == 1 ? us : (kShared + (1 - kShared) / static_cast<double>(pieces)) * us;
+    busy += kShare[pieces] * us;
   }
   double once = cost.launch_us;
   if (c.tma && !early(c, p, chip.sm_count)) once += kLateUs;
@@ -243,7 +250,9 @@ double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip
   if (once + busy >= enough) return once + busy;
   const double memory = dram_bytes(c, p, w, at_once, chip.sm_count) / (chip.sm_count * cost.dram_bytes_per_us);
   const auto squared = [](double value) { return value * value; };
-  return once + std::sqrt(std::sqrt(squared(squared(busy)) + squared(squared(memory))));
+  const double both = squared(squared(busy)) + squared(squared(memory));
+  if (both >= squared(squared(enough - once))) return enough;  // without the roots, which take long
+  return once + std::sqrt(std::sqrt(both));
 }
 
 }  // namespace

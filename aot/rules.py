@@ -187,7 +187,7 @@ def loaded(config: Launched, x_bytes: int, weight_bytes: int, m: Any, n: Any) ->
         return 1.0
     rows, columns = (size + (tile - size) * (size > tile) for size, tile in ((m, config.tile_m), (n, config.tile_n)))
     whole = config.tile_m * x_bytes + config.tile_n * weight_bytes
-    return ((rows * x_bytes + columns * weight_bytes) / whole) ** 2
+    return (rows * x_bytes + columns * weight_bytes) / whole
 
 
 LATE_US, NO_ROOM_US = 1.3, 0.45  # csrc/lbg.h's kLateUs and kNoRoomUs

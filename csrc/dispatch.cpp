@@ -214,9 +214,7 @@ double loaded(const Config& c, const Problem& p) {
   const auto step = [&](int64_t rows, int64_t columns) {
     return static_cast<double>(rows * bytes(c.x) + columns * bytes(c.weight));
   };
-  const double part =
-      step(std::min<int64_t>(p.m, c.tile_m), std::min<int64_t>(p.n, c.tile_n)) / step(c.tile_m, c.tile_n);
-  return part * part;
+  return step(std::min<int64_t>(p.m, c.tile_m), std::min<int64_t>(p.n, c.tile_n)) / step(c.tile_m, c.tile_n);
 }
 
 // Of a wave of whole tiles, what one of 1, 2 or 4 pieces takes.

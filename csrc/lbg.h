@@ -130,8 +130,8 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 
 // Microseconds, from how the tiles fall on the SMs:
 //
-//   loaded       = (bytes that a K step loads / bytes of a whole tile's)^2, less than 1 of a matrix smaller than a tile
-//                  in a kernel whose boxes are as small; else 1
+//   loaded       = bytes that a K step loads, over a whole tile's: less than 1 of a matrix smaller than a tile, in a
+//                  kernel whose boxes are as small
 //   crowd        = crowd_us + loaded * (off32_us, off64_us, off128_us, each if rows of x or weight start off so many
 //                  bytes)
 //   step(c)      = max(q * step_us, latency_us) + c / SMs * crowd

@@ -236,6 +236,11 @@ def time_kernels(
     if not medians:
         return {}, wrong
     best = min(medians.values())
+    for symbol, us in medians.items():
+        if us > HOPELESS * max(best, HOST_US):  # or late three times
+            with lbg.override(symbol):
+                again = [timed_us(lambda: call(case, arguments[0], out), bench.evict) for _ in range(3)]
+            medians[symbol] = min(us, *again)
     copies = max(1, min(len(arguments), round(300 / best)))
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for symbol, us in medians.items():

@@ -40,8 +40,8 @@ from tests.cases import CLASSES, Case
 
 # Shapes that people ask about: the benchmark's, and others.
 BENCHMARKS = tuple((shape.m, shape.n, shape.k) for shape in SHAPES) + (
-    (16384, 1024, 1024), (16384, 4096, 1024), (512, 4096, 16384), (512, 4096, 4096), (128, 4096, 4096), (64, 16384, 4096),
-    (16, 4096, 16384),
+    (16384, 1024, 1024), (16384, 4096, 1024), (512, 4096, 16384), (512, 4096, 4096), (128, 4096, 4096),
+    (64, 16384, 4096), (16, 4096, 16384),
 )  # fmt: skip
 COMMAND = "python -m tests.bench.fit --fit"
 LONGEST = 16384

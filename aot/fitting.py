@@ -7,7 +7,7 @@ Arithmetic over records, with numpy alone: it runs where the times are taken (te
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -191,10 +191,7 @@ def by_shape(run: Run) -> list[list[Time]]:
     return [list(group.values()) for group in groups.values()]
 
 
-TELLING = 8  # how much more the time of a shape counts that people ask about
-
-
-def fit_all(run: Run, telling: Collection[tuple[int, int, int]] = ()) -> dict[str, dict[str, Any]]:
+def fit_all(run: Run) -> dict[str, dict[str, Any]]:
     """By symbol: constants, over how many shapes, and what is left of their times: rms and worst relative error."""
     groups = by_shape(run)
     best = {id(time): min(t.us for t in group) for group in groups for time in group}
@@ -208,7 +205,6 @@ def fit_all(run: Run, telling: Collection[tuple[int, int, int]] = ()) -> dict[st
         shapes, us = np.array([(t.m, t.n, t.k) for t in times]), np.array([t.us for t in times])
         # Where a kernel may be chosen, its time matters most.
         weight = (np.array([best[id(t)] for t in times]) / us) ** 2
-        weight *= [TELLING if (t.m, t.n, t.k) in telling else 1 for t in times]
         late_by = late(config, shapes, run.sm_count)
         linear = fit(config, shapes, us - late_by, weight, run.sm_count)
         off = (coefficients(config, shapes, run.sm_count, linear) @ linear + late_by) / us - 1

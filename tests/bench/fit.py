@@ -386,7 +386,7 @@ def main() -> None:
     if arguments.fit:
         if strange := [symbol for symbol, config in run.kernels.items() if config.compiled_arch != config.arch]:
             raise RuntimeError(f"{strange[0]} is a verification build's: its times are no GPU's that it is shipped for")
-        fitted = fit_all(run, BENCHMARKS)
+        fitted = fit_all(run)
         sources = (("--from", arguments.source), ("--journal", arguments.journal))
         command = " ".join([COMMAND, str(arguments.fit), *(f"{flag} {path}" for flag, path in sources if path)])
         head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": command}

@@ -173,8 +173,8 @@ RING_SHAPES = (
     (64, 32, 64), (64, 32, 128), (64, 32, 256), (64, 64, 64), (64, 64, 128), (64, 128, 64), (64, 128, 128),
     (64, 256, 64), (128, 64, 64), (128, 128, 64), (128, 256, 64)
 )  # fmt: skip
-DEEP_K = 128  # from here on a float32 x gains from barriers of its own (aot/hopper.py's Ring)
 RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 64, 128), (64, 128, 64), (128, 128, 64))
+DEEP_K = 128  # K steps of which a float32 x gains from barriers of its own (aot/hopper.py's Ring)
 # The last of a 16-bit x alone, and the last of PINGPONG_SHAPES of a float32 one: else, on an H100, 5 % or more behind
 # the best at every shape.
 WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 64, 64), (256, 128, 64), (256, 64, 64))

@@ -97,11 +97,9 @@ Broken broken(const Problem& p, Alignment pointers) {
   return why;
 }
 
-int64_t tiles_in(const Config& c, const Problem& p) { return tiles_of(p.m, c.tile_m) * tiles_of(p.n, c.tile_n); }
-
 // why_not() of a config that is of the problem's class.
 [[gnu::always_inline]] inline const char* why_not_in_class(const Config& c, const Problem& p, const Broken& why) {
-  if (why.large && tiles_in(c, p) > kInt32) return "more tiles than a grid holds";
+  if (why.large && tiles(c, p) > kInt32) return "more tiles than a grid holds";
   if (c.out_aligned && why.out) return why.out;
   if (!c.aligned) return nullptr;
   if (why.loads) return why.loads;
@@ -129,7 +127,7 @@ Class rows_of(const Problem& p, const Chip& chip) {
 
 }  // namespace
 
-int64_t tiles(const Config& c, const Problem& p) { return tiles_in(c, p); }
+int64_t tiles(const Config& c, const Problem& p) { return tiles_of(p.m, c.tile_m) * tiles_of(p.n, c.tile_n); }
 
 namespace {
 
@@ -221,12 +219,12 @@ double loaded(const Config& c, const Problem& p) {
 constexpr double kShare[] = {0, 1, kShared + (1 - kShared) / 2, 0, kShared + (1 - kShared) / 4};
 
 // predicted_us(), or something from `enough` on where that is so long: more need not be known then. Inlined into
-// choose()'s loop, as why_not_in_class() is: that takes a twentieth off a choice.
+// choose()'s loop, as why_not_in_class() is.
 [[gnu::always_inline]] inline double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip& chip,
                                                   double enough) {
   const Cost& cost = chip.full_rate ? c.full_rate_cost : c.cost;
   const int64_t sms = places(c, chip.sm_count), at_once = sms * c.ctas_per_sm;
-  const int64_t count = tiles_in(c, p), whole = div(count, at_once), rest = count - whole * at_once;
+  const int64_t count = tiles(c, p), whole = div(count, at_once), rest = count - whole * at_once;
   const int64_t pieces = cut(c, rest, at_once), last = pieces * rest;
   const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
   double crowd_us = cost.crowd_us;

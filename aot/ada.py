@@ -75,9 +75,10 @@ def lbg_fused_async(
     UNIT_K: gl.constexpr,  # how deep the operands are that a warp holds in registers, twice
     PAIRS: gl.constexpr,  # weight_row's
     GROUP_M: gl.constexpr,
-    EPILOGUE_PARTS: gl.constexpr,
+    EPILOGUE_PARTS: gl.constexpr,  # of a tile, or of each half
     RAGGED: gl.constexpr,  # result rows may start anywhere
     FP16_ACCUMULATE: gl.constexpr,
+    HALVES: gl.constexpr,  # of a tile that leaves fp16_accumulate no registers to spare: add_halves()
     SYMBOL: gl.constexpr,
 ):
     WARPS: gl.constexpr = WARPS_M * WARPS_N
@@ -103,16 +104,24 @@ def lbg_fused_async(
 
     x_ring = gl.allocate_shared_memory(x_dtype, [STAGES, TILE_M, TILE_K], shared_layout(TILE_K, x_dtype))
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_N, TILE_K], shared_layout(TILE_K, dtype))
-    acc = gl.zeros((TILE_M, TILE_N), gl.float32, mma)
-    chunk = gl.zeros((TILE_M, TILE_N), gl.float16, mma)  # of fp16_accumulate: the last, not in acc yet
+    if HALVES:
+        acc = zero_halves(TILE_M, TILE_N // 2, gl.float32, mma)
+        chunk = zero_halves(TILE_M, TILE_N // 2, gl.float16, mma)
+    else:
+        acc = gl.zeros((TILE_M, TILE_N), gl.float32, mma)
+        chunk = gl.zeros((TILE_M, TILE_N), gl.float16, mma)  # of fp16_accumulate: the last, not in acc yet
 
     for stage in gl.static_range(AHEAD):
         k = stage * TILE_K
         copy_step(x_ring, w_ring, stage, x_ptrs + k, w_ptrs + k, x_offs_k < x_end - k, w_offs_k < K - k)
 
     for first_k in range(0, K, UNROLL * TILE_K):
-        x_now = x_ptrs + first_k
-        w_now = w_ptrs + first_k
+        if HALVES:
+            x_now = x_ptrs
+            w_now = w_ptrs
+        else:
+            x_now = x_ptrs + first_k
+            w_now = w_ptrs + first_k
         left = K - first_k
         x_left = x_end - first_k
         for step in gl.static_range(UNROLL):
@@ -121,7 +130,11 @@ def lbg_fused_async(
             w_tile = w_ring.index(step % STAGES)
             k = (step + AHEAD) * TILE_K
             slot = (step + AHEAD) % STAGES
-            if FP16_ACCUMULATE:
+            if HALVES:
+                # Counted down from what is left: one register for the columns of all steps, where theirs would be four.
+                copy_step(x_ring, w_ring, slot, x_now + k, w_now + k, x_offs_k < x_left - k, w_offs_k < left - k)
+                acc, chunk = add_halves(x_tile, w_tile, acc, chunk, step * TILE_K % FP16_CHUNK, TILE_K, mma)
+            elif FP16_ACCUMULATE:
                 copy_step(x_ring, w_ring, slot, x_now + k, w_now + k, x_offs_k + k < x_left, w_offs_k + k < left)
                 acc, chunk = add_chunks(x_tile, w_tile, acc, chunk, step * TILE_K % FP16_CHUNK, TILE_K, mma)
             else:
@@ -130,15 +143,25 @@ def lbg_fused_async(
                 w = w_operand(w_tile, 0, UNIT_K, mma)
                 copy_step(x_ring, w_ring, slot, x_now + k, w_now + k, x_offs_k + k < x_left, w_offs_k + k < left)
                 acc = add_products(x_tile, w_tile, acc, x, w, TILE_K, UNIT_K, mma)
+        if HALVES:  # or else a second set of pointers would be held through the loop, those of its beginning
+            x_ptrs += UNROLL * TILE_K
+            w_ptrs += UNROLL * TILE_K
     async_copy.wait_group(0)
-    if FP16_ACCUMULATE:
-        acc += chunk.to(gl.float32)
 
     # Each part is finished and stored before the next is begun.
-    acc = in_result_order(acc, WARPS_N, PAIRS)
-    parts = column_parts(acc, TILE_M, TILE_N, EPILOGUE_PARTS)
-    for part in gl.static_range(EPILOGUE_PARTS):
-        first_n = tile_n * TILE_N + part * (TILE_N // EPILOGUE_PARTS)
+    if HALVES:
+        left_acc, right_acc = acc
+        left_acc = in_result_order(left_acc, WARPS_N, PAIRS)
+        right_acc = in_result_order(right_acc, WARPS_N, PAIRS)
+        parts = column_parts(left_acc, TILE_M, TILE_N // 2, EPILOGUE_PARTS)
+        parts += column_parts(right_acc, TILE_M, TILE_N // 2, EPILOGUE_PARTS)
+    else:
+        if FP16_ACCUMULATE:
+            acc += chunk.to(gl.float32)
+        acc = in_result_order(acc, WARPS_N, PAIRS)
+        parts = column_parts(acc, TILE_M, TILE_N, EPILOGUE_PARTS)
+    for part in gl.static_range(len(parts)):
+        first_n = tile_n * TILE_N + part * (TILE_N // len(parts))
         store(parts[part], scale_ptr, shift_ptr, out_ptr, tile_m * TILE_M, first_n, M, N, stride_om, RAGGED)
 
 
@@ -188,6 +211,39 @@ def add_chunks(x_tile, w_tile, acc, chunk, begun: gl.constexpr, TILE_K: gl.const
         if begun == 0:
             acc += last.to(gl.float32)
     return acc, chunk
+
+
+@gluon.jit
+def zero_halves(ROWS: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr, mma: gl.constexpr):
+    return gl.zeros((ROWS, COLUMNS), dtype, mma), gl.zeros((ROWS, COLUMNS), dtype, mma)
+
+
+@gluon.jit
+def add_halves(x_tile, w_tile, acc, chunk, begun: gl.constexpr, TILE_K: gl.constexpr, mma: gl.constexpr):
+    """add_chunks() for a tile whose sums take three quarters of a thread's registers: (acc, chunk), each in two halves
+    side by side. There is one chunk, which is added to acc as soon as it is whole, while another warp multiplies; and
+    an operand is read when it is needed."""
+    gl.static_assert(FP16_CHUNK % TILE_K == 0, "a step must not cross from one chunk to the next")
+    COLUMNS: gl.constexpr = acc[0].shape[1]
+    left, right = chunk
+    for k in gl.static_range(0, TILE_K, 16):
+        no_sooner()
+        x = x_operand(x_tile, w_tile.dtype, k, 16, mma)
+        no_sooner()
+        left = mma_v2(x, w_operand(w_tile.slice(0, COLUMNS, 0), k, 16, mma), left)
+        no_sooner()
+        right = mma_v2(x, w_operand(w_tile.slice(COLUMNS, COLUMNS, 0), k, 16, mma), right)
+    if begun + TILE_K == FP16_CHUNK:
+        acc = (acc[0] + left.to(gl.float32), acc[1] + right.to(gl.float32))
+        left, right = zero_halves(acc[0].shape[0], COLUMNS, gl.float16, mma)
+    return acc, (left, right)
+
+
+@gluon.jit
+def no_sooner():
+    """Keeps the assembler from reading shared memory ahead, into registers that it then would have to spill: a warp's
+    barrier is where it may not, and costs one issue slot."""
+    gl.inline_asm("bar.warp.sync -1;")
 
 
 @gluon.jit

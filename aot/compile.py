@@ -134,7 +134,8 @@ def async_constants(config: Config) -> dict[str, Any]:
     """What lbg_fused_async is told besides of how to share the work out."""
     warps_n = config.warps // config.warps_m
     # A thread stores as many pairs of elements at once as make 16 bytes, if its row of the tile has them.
-    pairs = min(8 // ELEMENT_BYTES[config.out], config.tile_n // (8 * warps_n)) if config.out_aligned else 1
+    columns = config.tile_n // (2 if config.halves else 1)
+    pairs = min(8 // ELEMENT_BYTES[config.out], columns // (8 * warps_n)) if config.out_aligned else 1
     chunk_steps = max(1, FP16_CHUNK // config.tile_k) if config.fp16_accumulate else 1
     return {
         "WARPS_M": config.warps_m,
@@ -144,6 +145,7 @@ def async_constants(config: Config) -> dict[str, Any]:
         "UNIT_K": config.unit_k,
         "PAIRS": max(1, pairs),
         "RAGGED": not config.out_aligned,
+        "HALVES": config.halves,
     }
 
 

@@ -108,6 +108,16 @@ class Config:
         return self.cta_rows * self.program_warps // self.multiplying_warps
 
     @property
+    def accumulators(self) -> int:
+        """Of a thread's registers, those that hold its float32 sums."""
+        return self.cta_rows * self.tile_n // (self.multiplying_warps * 32)
+
+    @property
+    def halves(self) -> bool:
+        """async: whether fp16_accumulate finds no room for two chunks beside so many sums (aot/ada.py)."""
+        return self.kernel == "async" and self.fp16_accumulate and self.accumulators > 64
+
+    @property
     def tiles_at_once(self) -> int:
         """Tiles that a CTA's consumers hold, as far as they are the CTA's."""
         return self.consumers * self.consumer_rows // self.cta_rows

@@ -119,7 +119,7 @@ ASYNC_SHAPES = {
 }  # fmt: skip
 # Of a float32 x, which takes twice the room.
 ASYNC_WIDE_SHAPES = {
-    (128, 256): (32,), (128, 128): (16, 32), (128, 64): (32,), (64, 128): (32,), (64, 64): (32, 64), (64, 32): (32, 64),
+    (128, 256): (32,), (128, 128): (32,), (128, 64): (32,), (64, 128): (32,), (64, 64): (32, 64), (64, 32): (32, 64),
     (32, 64): (64,), (32, 32): (64, 128), (16, 128): (64,), (16, 64): (64, 128), (16, 32): (128, 256),
 }  # fmt: skip
 ASYNC_FEW = ((128, 256), (128, 128), (128, 64), (64, 64), (64, 32))
@@ -135,9 +135,8 @@ def _async(arch: int, dtypes: DTypes, few: bool) -> Iterator[Tile]:
         large = m * n > 128 * 128
         # A step is whole chunks of fp16_accumulate, but for a float32 x and a large tile, which have no room for that.
         for k in sorted({max(k, FP16_CHUNK) for k in steps} if fp16_accumulate and not wide and not large else steps):
-            # A float32 x leaves room for one CTA of 128x128 alone, but with the shortest of steps for two.
-            one = large or (wide and k > 16)
-            for warps in (4,) if m * n < 128 * 128 or (wide and not one) else (8,) if one else (4, 8):
+            # A float32 x leaves room for one CTA of 128x128 alone, where 128x256 is ahead at all large shapes.
+            for warps in (4,) if m * n < 128 * 128 else (8,) if large or wide else (4, 8):
                 for ctas in (2, 1) if warps == 4 else (1,):
                     stages = min(MOST_STAGES, _async_stages(arch, x, m, n, k, ctas))
                     if stages >= 3:  # two of two CTAs leave the loads' latency in sight (docs/audit.md)

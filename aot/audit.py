@@ -125,8 +125,7 @@ def choose(rows: Sequence[Artifact], shape: Shape, chip: Chip, us: dict[str, flo
         return model.predicted_us(a.config, made, at_once, shape.m, shape.n, shape.k, sms, held)
 
     legal = [a for a in rows if not why_not(a.config, shape)]
-    fast = rules.contenders([a for a in legal if a.config.aligned], lambda a: a.config)
-    return min(fast, key=expected) if fast else legal[0]
+    return min(rules.contenders(legal, lambda a: a.config), key=expected)
 
 
 def label(config: Config) -> str:

@@ -110,11 +110,11 @@ def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[t
     """(types, constants, hints) for triton: an aligned kernel's promises become constants and divisibility."""
     if config.tma:
         return tma_signature(config)
-    size_type = "i32" if config.aligned else "i64"
+    size_type = "i32" if config.row_major else "i64"
     pointees = (config.x, config.weight, "f32", "f32", config.out)
     types = {name: "*" + TRITON_TYPES[dtype] for name, dtype in zip(POINTERS, pointees)}
     types |= dict.fromkeys(SIZES, size_type) | dict.fromkeys(STRIDES, "i64")
-    constants: dict[str, object] = dict.fromkeys(UNIT_STRIDES, 1) if config.aligned else {}
+    constants: dict[str, object] = dict.fromkeys(UNIT_STRIDES, 1) if config.row_major else {}
     constants |= {
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
@@ -124,7 +124,7 @@ def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[t
         "FP16_ACCUMULATE": config.fp16_accumulate,
         "SYMBOL": config.symbol,
     }
-    constants |= async_constants(config) if config.kernel == "async" else {"ALIGNED": config.aligned}
+    constants |= async_constants(config) if config.kernel == "async" else {"LOADS": config.loads}
     names = [*types, *(name for name in constants if name not in types)]
     types |= dict.fromkeys(constants, "constexpr")
     return types, constants, hints(config, names)
@@ -241,7 +241,7 @@ def to_ptx(config: Config) -> Compiled:
         source = GluonASTSource(fn=ada.lbg_fused_async, signature=types, constexprs=constants, attrs=hints)
     else:
         source = ASTSource(fn=kernels.lbg_fused, signature=types, constexprs=constants, attrs=hints)
-        options |= {"num_stages": config.stages}
+        options |= {"num_stages": 1 if config.any_rows else config.stages}  # which looks a step ahead itself
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache  # ours is keyed by content and holds the report too
         compiled = triton.compile(source, target=GPUTarget("cuda", config.arch, 32), options=options)
@@ -317,7 +317,7 @@ def check(config: Config, report: Report) -> None:
     limit = min(LIMITS[report.arch].shared_block_bytes, LIMITS[config.arch].shared_block_bytes)
     name = f"{config.symbol} (sm_{report.arch})"
     verification = report.arch != config.arch  # not shipped: what another arch's assembler spills there is no fault
-    if config.aligned and report.spill_bytes and not verification:
+    if config.row_major and report.spill_bytes and not verification:
         raise BuildError(f"{name}: a fast kernel spills {report.spill_bytes} bytes; take a smaller tile or more warps")
     if report.stores_per_output != 1 or report.stores_in_loop:
         raise BuildError(

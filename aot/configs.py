@@ -48,6 +48,7 @@ class Config:
     cluster: int = 1  # ws: CTAs that share a tile, half of its rows each
     x_stages: int = 0  # ring: of a float32 x that has barriers of its own; else 0, and x has as many as weight
     out_aligned: bool = True  # relies on stores that are: rows of the result start on 16 bytes, N is a multiple of 8
+    any_rows: bool = False  # relies on inner strides of 1 and on no alignment: rows of x and weight may start anywhere
 
     @property
     def symbol(self) -> str:
@@ -55,9 +56,19 @@ class Config:
         mode = "_acc16" if self.fp16_accumulate else ""
         kind = {"tile": "", "async": "_async", "ring": "_ring", "ws": "_ws", "pingpong": "_pp"}[self.kernel]
         kind = f"_c{self.cluster}{kind}" if self.cluster > 1 else kind
-        kind += "" if self.out_aligned else "_anyout" if self.aligned else "_any"
+        kind += "" if self.out_aligned else "_anyout" if self.aligned else "_anyrows" if self.any_rows else "_any"
         stages = f"{self.stages}x{self.x_stages}" if self.x_stages else f"{self.stages}"
         return f"lbg_fused_{x}_{self.out}{mode}_{self.tile}_w{self.warps}_s{stages}{kind}"
+
+    @property
+    def row_major(self) -> bool:
+        """Whether it relies on inner strides of 1."""
+        return self.aligned or self.any_rows
+
+    @property
+    def loads(self) -> str:
+        """How aot/kernels.py's lbg_fused loads x and weight."""
+        return "aligned" if self.aligned else "shifted" if self.any_rows else "masked"
 
     @property
     def tma(self) -> bool:
@@ -156,6 +167,19 @@ class Tile:
 # Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements. By
 # fp16_accumulate. It closes every class and is no row of the evidence: the tuner holds all others against it.
 GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
+# Rows of x and weight that start anywhere, with inner strides of 1 (aot/kernels.py's shifted loads): by x's dtype being
+# float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in registers while the
+# one's before are multiplied.
+ANY_ROWS = {
+    (False, False): (
+        Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 256, 4, 2)
+    ),
+    (True, False): (
+        Tile(128, 128, 32, 8, 2, 4), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)
+    ),
+    (False, True): (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
+    (True, True): (Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
+}  # fmt: skip
 # Arches whose matrix units are faster at fp16 accumulation. Elsewhere fp16_accumulate permits what would gain nothing,
 # and dispatch takes the kernels that accumulate in float32.
 FP16_ACCUMULATE_ARCHS = (89,)
@@ -177,13 +201,14 @@ def classes(arch: int) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def config_of(arch: int, dtypes: tuple[str, str, str, bool], tile: Tile, promise: str) -> Config:
-    """The row of a class; `promise` is what it relies on: "rows", "any_out" or "any"."""
-    aligned, out_aligned = {"rows": (True, True), "any_out": (True, False), "any": (False, False)}[promise]
-    return Config(arch, *dtypes, aligned, **asdict(tile), out_aligned=out_aligned)
+    """The row of a class; `promise` is what it relies on: "rows", "any_out", "any_rows" or "any"."""
+    aligned, out_aligned = promise in ("rows", "any_out"), promise == "rows"
+    return Config(arch, *dtypes, aligned, **asdict(tile), out_aligned=out_aligned, any_rows=promise == "any_rows")
 
 
 def shipped(arch: int, rows: evidence.Rows) -> Iterator[Config]:
-    """Class by class: the kind's tiles from large M to small, those that store anywhere, the conservative one."""
+    """Class by class: the kind's tiles from large M to small, those that store anywhere, those of rows that start
+    anywhere, the conservative one."""
     for dtypes in classes(arch):
         x, _, out, mode = dtypes
         kind = kind_of(arch, x, out, mode)
@@ -192,6 +217,8 @@ def shipped(arch: int, rows: evidence.Rows) -> Iterator[Config]:
         for promise in evidence.PROMISES:
             for row in rows[kind][promise]:
                 yield config_of(arch, dtypes, tile_of(row), promise)
+        for tile in ANY_ROWS[x == "f32", mode]:
+            yield config_of(arch, dtypes, tile, "any_rows")
         yield config_of(arch, dtypes, GENERIC[mode], "any")
 
 
@@ -229,11 +256,11 @@ def regime(config: Config) -> str:
 
     A ring's tile of few columns is for few rows, however high: every tile of a row reads all of x.
     """
-    if not config.aligned:
+    if not config.row_major:
         return "any M"
     rows = min(config.tile_m, config.tile_n) if config.kernel == "ring" else config.tile_m
     size = "few rows" if rows <= 32 else "some rows" if rows == 64 else "many rows" if rows == 128 else "most rows"
-    return size if config.out_aligned else f"{size}, any result"
+    return size if config.out_aligned else f"{size}, any {'result' if config.aligned else 'rows'}"
 
 
 def check_classes(configs: Sequence[Config]) -> None:
@@ -245,7 +272,7 @@ def check_classes(configs: Sequence[Config]) -> None:
             raise BuildError(f"{label}: its configs do not stand together in CONFIGS")
         found.append(key)
         last = rows[-1]
-        if last.aligned or last.out_aligned or (last.warps, last.stages) != (4, 2):
+        if last.row_major or last.out_aligned or (last.warps, last.stages) != (4, 2):
             raise BuildError(f"{label}: the last config, {last.symbol}, is not the conservative one: any alignment, 4 "
                              "warps, 2 stages")  # fmt: skip
         for row in rows:

@@ -48,7 +48,7 @@ def local(argument: str, artifact: Artifact) -> str:
     if argument in (*POINTERS, *MATRICES):
         return f"auto* {argument} = operands.{argument.removesuffix('_ptr')};"
     value = f"problem.{argument.lower()}"
-    if argument in ("M", "N", "K") and artifact.config.aligned:
+    if argument in ("M", "N", "K") and artifact.config.row_major:
         return f"auto {argument} = static_cast<int32_t>({value});"
     return f"int64_t {argument} = {value};"
 
@@ -74,7 +74,8 @@ def launcher(index: int, artifact: Artifact) -> str:
 def row(index: int, artifact: Artifact) -> str:
     config, report = artifact.config, artifact.report
     costs = ", ".join(f"{{{', '.join(map(str, astuple(cost(config, report, rate))))}}}" for rate in (False, True))
-    promises = (config.fp16_accumulate, config.aligned, config.out_aligned, config.tma, config.persistent)
+    promises = (config.row_major, config.aligned, config.out_aligned)
+    promises = (config.fp16_accumulate, *promises, config.tma, config.persistent)
     flags = ", ".join(str(flag).lower() for flag in promises)
     return (
         f'    {{"{config.symbol}", {config.arch}, {report.arch}, {C_DTYPES[config.x]}, {C_DTYPES[config.weight]}, '

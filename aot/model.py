@@ -92,7 +92,9 @@ def step(config: Config, report: Report, chip: Chip) -> Step:
     # The TMA unit writes what it loads past the instructions that are counted.
     shared = report.loop_shared_bytes / report.loop_steps
     shared += operand_bytes(config) if config.tma else 0
-    l2 = operand_bytes(config, 1 / config.cluster) * (1 if config.aligned else SECTOR_WASTE) / chip.l2_bytes_per_cycle
+    # What shifted loads ask for twice, they find in L1 the second time.
+    waste = 1 if config.row_major else SECTOR_WASTE
+    l2 = waste * operand_bytes(config, 1 / config.cluster) / chip.l2_bytes_per_cycle
     cycles = (matrix, slots, shared / SHARED_BYTES_A_CYCLE, l2)
     return Step(*(each / chip.clock_mhz for each in cycles))
 

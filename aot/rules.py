@@ -206,9 +206,14 @@ def late_us(config: Launched, m: Any, n: Any, k: Any, sm_count: int, at_once: in
 
 
 def contenders(kernels: Sequence[T], config: Callable[[T], Any]) -> list[T]:
-    """Of aligned kernels that can run a call, those that csrc/dispatch.cpp's choose() weighs by time: none that stores
-    to any address where another will do."""
-    return [each for each in kernels if config(each).out_aligned] or list(kernels)
+    """Of kernels that can run a call, those that csrc/dispatch.cpp's choose() weighs by time: none that relies on less
+    than another does."""
+
+    def reliance(each: T) -> int:
+        return int(config(each).row_major) + int(config(each).aligned) + int(config(each).out_aligned)
+
+    most = max(map(reliance, kernels), default=0)
+    return [each for each in kernels if reliance(each) == most]
 
 
 def gains_enough(us: float, simpler_us: float, margin: float = 0.0) -> bool:

@@ -61,19 +61,22 @@ int64_t tiles_of(int64_t size, int32_t tile) { return (size + tile - 1) >> __bui
 // The promises of a call that kernels may rely on: why each is broken, nullptr if it is kept. They depend on no config,
 // so that choose() looks once. aot/compile.py's hints() is the other side.
 struct Broken {
-  const char *loads, *out, *map;
+  const char *strides, *loads, *out, *map;
   bool large;  // a size may be more than some kernel can take
 };
 
 Broken broken(const Problem& p, Alignment pointers) {
   Broken why{};
   why.large = std::max({p.m, p.n, p.k}) > kLarge || p.m * p.n > kLarge;
+  if (p.stride_xk != 1 || p.stride_wk != 1 || p.stride_on != 1) {
+    why.strides = "an inner stride is not 1";
+  } else if (p.stride_scale != 1 || p.stride_shift != 1) {
+    why.strides = "scale or shift is not contiguous";
+  }
   if (!pointers.loads) {
     why.loads = "a pointer is not 16-byte aligned";
-  } else if (p.stride_xk != 1 || p.stride_wk != 1 || p.stride_on != 1) {
-    why.loads = "an inner stride is not 1";
-  } else if (p.stride_scale != 1 || p.stride_shift != 1) {
-    why.loads = "scale or shift is not contiguous";
+  } else if (why.strides) {
+    why.loads = why.strides;
   } else if (p.k % 8) {
     why.loads = "K is not a multiple of 8";
   } else if (!on_16_bytes(p.stride_xm, p.x) || !on_16_bytes(p.stride_wn, p.weight)) {
@@ -101,8 +104,8 @@ Broken broken(const Problem& p, Alignment pointers) {
 [[gnu::always_inline]] inline const char* why_not_in_class(const Config& c, const Problem& p, const Broken& why) {
   if (why.large && tiles(c, p) > kInt32) return "more tiles than a grid holds";
   if (c.out_aligned && why.out) return why.out;
-  if (!c.aligned) return nullptr;
-  if (why.loads) return why.loads;
+  if (!c.row_major) return nullptr;
+  if (const char* loads = c.aligned ? why.loads : why.strides) return loads;
   // Loops look some K steps ahead.
   if (why.large && (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - 32 * c.tile_k)) {
     return "a size needs 64 bits";
@@ -110,8 +113,8 @@ Broken broken(const Problem& p, Alignment pointers) {
   return c.tma ? why.map : nullptr;
 }
 
-// Whether `c` has masks or narrow accesses that this call could do without.
-bool does_without(const Config& c, const Broken& why) { return !c.aligned || (!c.out_aligned && !why.out); }
+// How much a kernel relies on. What relies on less has masks, shifts or narrow accesses that others do without.
+int reliance(const Config& c) { return c.row_major + c.aligned + c.out_aligned; }
 
 // fp16_accumulate permits what would gain nothing where accumulation in float32 is as fast; an override may ask for it.
 Class rows_of(const Problem& p, const Chip& chip) {
@@ -285,7 +288,7 @@ const Config* choose(const Problem& p, Alignment pointers, const Chip& chip) {
   double best_us = std::numeric_limits<double>::infinity();
   for (const Config* c = kConfigs + rows.first; c != kConfigs + rows.first + rows.count; ++c) {
     // The arch's own kernel of the forced name: another arch may ship one of that name too.
-    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && does_without(*c, why)) continue;
+    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && reliance(*c) < reliance(*best)) continue;
     if (why_not_in_class(*c, p, why)) continue;
     const double us = predicted_us(*c, p, w, chip, best_us);
     if (us < best_us) best = c, best_us = us;

@@ -85,7 +85,8 @@ struct Config {
   int32_t arch;           // the arch the cubin runs on; another one only in a verification build
   DType x, weight, out;
   bool fp16_accumulate;
-  bool aligned;      // relies on aligned loads (see Alignment) and on inner strides of 1
+  bool row_major;    // relies on inner strides of 1
+  bool aligned;      // relies on aligned loads too (see Alignment)
   bool out_aligned;  // relies on aligned stores
   bool tma;          // its operands come through tensor maps; it waits by itself for what the stream ran before it
   bool persistent;   // its CTAs, or clusters of them, walk the tiles

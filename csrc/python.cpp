@@ -33,13 +33,13 @@ std::string json(const Config& c) {
   return "{\"symbol\": " + quoted(c.symbol) + number("arch", c.arch) + number("compiled_arch", c.compiled_arch) +
          field("x", quoted(lbg::name(c.x))) + field("weight", quoted(lbg::name(c.weight))) +
          field("out", quoted(lbg::name(c.out))) + field("fp16_accumulate", boolean(c.fp16_accumulate)) +
-         field("aligned", boolean(c.aligned)) + field("out_aligned", boolean(c.out_aligned)) +
-         field("tma", boolean(c.tma)) + field("persistent", boolean(c.persistent)) + number("tile_m", c.tile_m) +
-         number("tile_n", c.tile_n) + number("tile_k", c.tile_k) + number("warps", c.warps) +
-         number("stages", c.stages) + number("cluster", c.cluster) + number("pieces", c.pieces) +
-         number("shared_bytes", c.shared_bytes) + number("registers", c.registers) +
-         number("ctas_per_sm", c.ctas_per_sm) + number("launch_us", c.cost.launch_us) +
-         number("wave_us", c.cost.wave_us) + number("step_us", c.cost.step_us) +
+         field("row_major", boolean(c.row_major)) + field("aligned", boolean(c.aligned)) +
+         field("out_aligned", boolean(c.out_aligned)) + field("tma", boolean(c.tma)) +
+         field("persistent", boolean(c.persistent)) + number("tile_m", c.tile_m) + number("tile_n", c.tile_n) +
+         number("tile_k", c.tile_k) + number("warps", c.warps) + number("stages", c.stages) +
+         number("cluster", c.cluster) + number("pieces", c.pieces) + number("shared_bytes", c.shared_bytes) +
+         number("registers", c.registers) + number("ctas_per_sm", c.ctas_per_sm) +
+         number("launch_us", c.cost.launch_us) + number("wave_us", c.cost.wave_us) + number("step_us", c.cost.step_us) +
          number("latency_us", c.cost.latency_us) + number("crowd_us", c.cost.crowd_us) +
          number("off32_us", c.cost.off32_us) + number("off64_us", c.cost.off64_us) +
          number("off128_us", c.cost.off128_us) + number("dram_bytes_per_us", c.cost.dram_bytes_per_us) + "}";

@@ -28,6 +28,7 @@ from tests.cases import BF16, CLASSES, F16, F32, Case
 
 Row = tuple[str, float, float]
 TILE = (16, 32, 32)
+LOADS = ("aligned", "shifted", "masked")
 CHUNK_TILE = (16, 32, kernels.FP16_CHUNK)  # every kernel of fp16_accumulate has this K step
 
 
@@ -54,7 +55,7 @@ teach_bfloat16(interpreter.InterpreterBuilder)
 
 
 def run(
-    case: Case, *, tile: tuple[int, int, int] = TILE, aligned: bool = False, parts: int = 1, group_m: int = 2
+    case: Case, *, tile: tuple[int, int, int] = TILE, loads: str = "masked", parts: int = 1, group_m: int = 2
 ) -> Row:
     """One launch into the middle of a larger `out`; what lies around it must stay."""
     arguments = cases.make(case)
@@ -66,21 +67,21 @@ def run(
         *(x, weight, scale, shift, out),
         *(case.m, case.n, case.k),
         *(*x.stride(), *weight.stride(), *scale.stride(), *shift.stride(), *out.stride()),
-        *(tile_m, tile_n, tile_k, group_m, parts, aligned, case.fp16_accumulate, "lbg_fused"),
+        *(tile_m, tile_n, tile_k, group_m, parts, loads, case.fp16_accumulate, "lbg_fused"),
     )
-    what = f"{case} tile {tile} aligned={aligned} parts={parts} group_m={group_m}"
+    what = f"{case} tile {tile} loads={loads} parts={parts} group_m={group_m}"
     if int(buffer.isnan().sum()) != buffer.numel() - out.numel():
         return f"{what}: wrote beside out, or not all of it", math.inf, 0.0
     return what, cases.error(out, cases.reference(arguments)), cases.bound(case)
 
 
 def classes() -> Iterator[Row]:
-    """Every dtype class, generic and aligned, in one part and two: several tiles with ragged edges and a K tail."""
+    """Every dtype class and kind of load, in one part and two: several tiles with ragged edges and a K tail."""
     for dtypes in CLASSES:
         case = cases.of_class(Case(35, 70, 80), dtypes)
-        for aligned in (False, True):
+        for loads in LOADS:
             for parts in (1, 2):
-                yield run(case, tile=CHUNK_TILE if case.fp16_accumulate else TILE, aligned=aligned, parts=parts)
+                yield run(case, tile=CHUNK_TILE if case.fp16_accumulate else TILE, loads=loads, parts=parts)
 
 
 def edges() -> Iterator[Row]:
@@ -95,13 +96,18 @@ def edges() -> Iterator[Row]:
         (3, 65, 0),
         (33, 64, 64),
     ):
-        yield run(Case(m, n, k, out=F32))
-        yield run(Case(m, n, k, out=F32, fp16_accumulate=True), tile=CHUNK_TILE)
+        for loads in ("shifted", "masked"):
+            yield run(Case(m, n, k, out=F32), loads=loads)
+            yield run(Case(m, n, k, x=F32, weight=BF16, out=F32), loads=loads)
+            yield run(Case(m, n, k, out=F32, fp16_accumulate=True), tile=CHUNK_TILE, loads=loads)
+    for k in range(25, 42):  # rows that start on every element of 16 bytes, and ends on every one
+        yield run(Case(9, 9, k, out=F32), loads="shifted")
+        yield run(Case(9, 9, k, x=F32, out=F32), loads="shifted")
     for k in (0, 16, 32, 48, 64, 112):
-        yield run(Case(17, 40, k, out=F32), aligned=True)
-        yield run(Case(17, 40, k, out=F32, fp16_accumulate=True), tile=CHUNK_TILE, aligned=True)
-        yield run(Case(17, 41, k), aligned=True)  # aligned loads, a result that is not
-    yield run(Case(130, 40, 48), tile=(128, 32, 32), aligned=True)  # a tile of so many rows masks none
+        yield run(Case(17, 40, k, out=F32), loads="aligned")
+        yield run(Case(17, 40, k, out=F32, fp16_accumulate=True), tile=CHUNK_TILE, loads="aligned")
+        yield run(Case(17, 41, k), loads="aligned")  # aligned loads, a result that is not
+    yield run(Case(130, 40, 48), tile=(128, 32, 32), loads="aligned")  # a tile of so many rows masks none
 
 
 def walks() -> Iterator[Row]:
@@ -116,8 +122,8 @@ def layouts() -> Iterator[Row]:
     for layout in cases.LAYOUTS:
         yield run(Case(33, 47, 40, layout=layout))
         yield run(Case(33, 47, 40, x=F32, weight=BF16, out=BF16, layout=layout))
-    yield run(Case(33, 47, 48, layout="strided-rows"), aligned=True)
-    yield run(Case(33, 47, 48, layout="strided-weight"), aligned=True)
+    yield run(Case(33, 47, 48, layout="strided-rows"), loads="aligned")
+    yield run(Case(33, 47, 48, layout="strided-weight"), loads="aligned")
 
 
 @triton.jit

@@ -360,6 +360,12 @@ def test_what_is_promised_is_no_argument(small: compile.Artifact) -> None:
     assert types["M"] == types["stride_xm"] == "i64" and compile.signature(SMALL)[0]["M"] == "i32"
 
 
+def test_rows_that_start_anywhere_promise_their_inner_strides_alone() -> None:
+    types, constants, hints = compile.signature(replace(SMALL, aligned=False, out_aligned=False, any_rows=True))
+    assert {name: constants[name] for name in compile.UNIT_STRIDES} == dict.fromkeys(compile.UNIT_STRIDES, 1)
+    assert types["M"] == "i32" and constants["LOADS"] == "shifted" and not hints
+
+
 @pytest.mark.parametrize("config", [WS, RING], ids=lambda config: config.kernel)
 def test_a_hopper_kernels_parameters_are_those_that_its_launcher_passes(tmp_path: Path, config: Config) -> None:
     artifact = compile.build(config, 90, tmp_path / "cubin")
@@ -433,12 +439,14 @@ def test_every_config_keeps_tritons_and_our_rules() -> None:
 
 def test_every_class_ends_with_its_generic_kernel() -> None:
     check_classes(CONFIGS)
-    found = {key: [config.aligned for config in rows] for key, rows in itertools.groupby(CONFIGS, class_of)}
+    found = {key: list(rows) for key, rows in itertools.groupby(CONFIGS, class_of)}
     wanted = {(arch, *dtypes, mode) for arch in ARCHS for dtypes in DTYPES for mode in (False, True)
               if not mode or (arch == 89 and dtypes[1] == "f16")}  # fmt: skip
     assert set(found) == wanted
-    for key, aligned in found.items():
-        assert aligned == [True] * (len(aligned) - 1) + [False] and len(aligned) > 1, key
+    for key, rows in found.items():
+        relied_on = [config.row_major + config.aligned + config.out_aligned for config in rows]
+        assert relied_on == sorted(relied_on, reverse=True) and set(relied_on) == {3, 2, 1, 0}, key
+        assert relied_on.count(0) == 1, key
 
 
 GENERIC = Config(89, "f16", "f16", "f16", False, False, 64, 64, 32, 4, 2, out_aligned=False)

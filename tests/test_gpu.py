@@ -81,6 +81,8 @@ def test_every_kernel_is_right_on_every_case_that_it_takes(config: lbg.Config) -
                 cases.check(case, arguments, call(case, arguments))
             taken += 1
     possible = [case for case in cases.cases() if 0 not in (case.m, case.n)]
+    if config.row_major:
+        possible = [case for case in possible if case.layout not in ("inner-stride", "transposed")]
     assert taken == len(possible) if not config.aligned else taken >= len(cases.ALIGNED), taken
 
 
@@ -90,7 +92,8 @@ def test_all_kernels_of_a_class_give_the_same_bits(dtypes: tuple[torch.dtype, to
     # CTA that walks them, of fewer K steps than are on their way at once and of more. On 132 SMs, the last of these are
     # cut into pieces in the fourth and fifth, and in the sixth, of most kernels, are not.
     for m, n, k in (
-        (300, 192, 4096), (17, 80, 720), (150, 333, 1000), (4000, 2120, 200), (3001, 3000, 712), (4600, 1504, 264)
+        (300, 192, 4096), (17, 80, 720), (150, 333, 1000), (4000, 2120, 200), (3001, 3000, 712), (4600, 1504, 264),
+        (70, 333, 4093), (600, 700, 999)
     ):  # fmt: skip
         case = cases.of_class(Case(m, n, k), dtypes)
         arguments = cases.make(case, "cuda")
@@ -106,7 +109,7 @@ def test_all_kernels_of_a_class_give_the_same_bits(dtypes: tuple[torch.dtype, to
         assert not differing, f"{case}: other bits than {first}: {differing}"
 
 
-@pytest.mark.parametrize("config", [c for c in SHIPPED if c.aligned], ids=lambda config: config.symbol)
+@pytest.mark.parametrize("config", [c for c in SHIPPED if c.row_major], ids=lambda config: config.symbol)
 def test_every_fast_kernel_repeats_its_bits_on_a_full_gpu(config: lbg.Config) -> None:
     # A slot of shared memory that is given back too early shows only when every SM is busy, and then rarely: of
     # such a kernel once in some ten calls of this size, and in none of 50 of 4096x2048x4096. Of 15872 rows the last
@@ -182,7 +185,7 @@ def test_a_result_of_any_strides(dtypes: tuple[torch.dtype, torch.dtype, torch.d
             assert int(buffer.isnan().sum()) == buffer.numel() - m * n, f"{case}: wrote beside {out.stride()}"
 
 
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "generic"])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "shifted"])
 @pytest.mark.parametrize("big", ["x", "weight", "out"])
 def test_offsets_past_2_to_the_31_elements(big: str, aligned: bool) -> None:
     long, wide, short = 2**31 // 4096 + 300, 4096, 64

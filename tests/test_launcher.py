@@ -94,7 +94,9 @@ for device, arch in enumerate((89, 90)):
         if config.arch == arch:
             with lbg.override(config.symbol):
                 kinds = dict(x=config.x, weight=config.weight, out=config.out, fp16_accumulate=config.fp16_accumulate)
-                strides = (4160, 1, 4112, 1, 1, 1, 352, 1) if config.aligned else (3, 700, 5, 900, 2, 4, 7, 1100)
+                strides = (3, 700, 5, 900, 2, 4, 7, 1100)
+                if config.row_major:
+                    strides = (4160, 1, 4112, 1, 1, 1, 352, 1) if config.aligned else (4163, 1, 4117, 1, 1, 1, 355, 1)
                 sizes = (300, 336, 4096) if config.aligned else (301, 333, 4099)
                 texts.append(launch(*sizes, strides=strides, device=device, stream=0x99, **kinds))
 show(texts)
@@ -109,7 +111,9 @@ def test_every_launch_is_right(start: Start) -> None:
     pointers = [0x10000, 0x20000, 0x30000, 0x40000, 0x50000]
     for config, call in zip(shipped, launches):
         m, n, k = (300, 336, 4096) if config.aligned else (301, 333, 4099)
-        strides = [4160, 4112, 352] if config.aligned else [3, 700, 5, 900, 2, 4, 7, 1100]
+        strides = [3, 700, 5, 900, 2, 4, 7, 1100]
+        if config.row_major:
+            strides = [4160, 4112, 352] if config.aligned else [4163, 4117, 355]
         grid = -(-m // config.tile_m) * -(-n // config.tile_n)
         if config.persistent:
             at_once = config.ctas_per_sm * 132 // config.cluster
@@ -273,9 +277,9 @@ show([launch(1, 64, 128, strides=(7, 1, 128, 1, 1, 1, 13, 1)),
       launch(5, 7, 1, strides=(1, 17, 1, 19, 1, 1, 7, 1))])""")
     row, single, thin = outcome.of("cuLaunchKernelEx")
     assert outcome.printed == ["", "", ""]
-    assert not row["symbol"].endswith("_any") and row["params"][5:-2] == [1, 64, 128, 0, 128, 0], row
+    assert not row["symbol"].endswith(("_any", "_anyrows")) and row["params"][5:-2] == [1, 64, 128, 0, 128, 0], row
     assert single["params"][5:-2] == [1, 1, 128, 0, 0, 0], single
-    assert thin["params"][5:-2] == [5, 7, 1, 1, 1, 1, 1, 1, 1, 7, 1], thin
+    assert thin["symbol"].endswith("_anyrows") and thin["params"][5:-2] == [5, 7, 1, 1, 1, 7], thin
 
 
 UNALIGNED = {
@@ -291,6 +295,7 @@ UNALIGNED = {
 
 
 RESULT_ALONE = {"pointer 4", "N", "stride 6"}  # what spoils the result's alignment and no load's
+ROWS_ALONE = {*(f"pointer {i}" for i in range(4)), "K", "stride 0", "stride 2"}  # what leaves rows as they are
 
 
 def test_what_is_not_aligned_takes_a_kernel_that_does_not_rely_on_it(start: Start) -> None:
@@ -299,9 +304,10 @@ def test_what_is_not_aligned_takes_a_kernel_that_does_not_rely_on_it(start: Star
         "[launch(c.pop('m', 64), c.pop('n', 64), c.pop('k', 64), **c) for c in changes.values()])"
     )
     plain, *rest = outcome.of("cuLaunchKernelEx")
-    assert outcome.printed == [""] * (1 + len(UNALIGNED)) and not plain["symbol"].endswith(("_any", "_anyout"))
+    assert outcome.printed == [""] * (1 + len(UNALIGNED)) and not plain["symbol"].endswith(("_any", "_anyout", "_anyrows"))
     for what, call in zip(UNALIGNED, rest, strict=True):
-        assert call["symbol"].endswith("_anyout" if what in RESULT_ALONE else "_any"), f"{what}: {call}"
+        wanted = "_anyout" if what in RESULT_ALONE else "_anyrows" if what in ROWS_ALONE else "_any"
+        assert call["symbol"].endswith(wanted), f"{what}: {call}"
     assert rest[-1]["params"][5] == 2**31 and rest[-1]["grid"] == [2**31 // 64, 1, 1], rest[-1]
 
 
@@ -570,10 +576,12 @@ def test_dispatch_takes_the_lowest_predicted_legal_kernel(
                 )
                 legal = [c for c in found.candidates if c.why_not is None]
                 assert found.chosen and legal and legal[0].config is found.chosen, f"{(m, n, k)}: {found}"
-                among = [c for c in legal if c.config.aligned] or legal
+                among = [c for c in legal if c.config.row_major] or legal
+                among = [c for c in among if c.config.aligned] or among
                 among = [c for c in among if c.config.out_aligned] or among
                 assert legal[0].predicted_us == min(c.predicted_us for c in among if c.predicted_us), found
                 assert found.chosen.aligned == (k > 0 and k % 8 == 0 and max(m, n) < 2**31 - 256), found
+                assert found.chosen.row_major == (max(m, n) < 2**31 - 256), found
                 assert n % 8 == 0 or not found.chosen.out_aligned, found
 
 

@@ -28,7 +28,8 @@ class Config:
     weight: str
     out: str
     fp16_accumulate: bool
-    aligned: bool  # False: the generic kernel of its class, which takes any strides
+    row_major: bool  # False: the generic kernel of its class, which takes any strides
+    aligned: bool  # relies on rows of x and weight that start on 16 bytes
     out_aligned: bool  # relies on a result whose rows start on 16 bytes
     tma: bool  # loads through the TMA unit
     persistent: bool  # a CTA takes one tile after another
@@ -67,7 +68,8 @@ class Candidate:
 class Explanation:
     """What a call would run. `chosen` is None on the CPU and where no kernel is needed; `why` says so.
 
-    A kernel that does without an alignment which the call has is taken only where no other can run.
+    A kernel that does without an alignment, or inner strides of 1, which the call has is taken only where no other can
+    run.
     """
 
     chosen: Config | None

@@ -338,7 +338,7 @@ def costs_of(record: journal.Record, made: Package, rows: evidence.Rows, before:
     measured_in = candidates.representative(made.arch)
     found: dict[str, Any] = {}
     for config in shipped(made.arch, rows):
-        if not config.aligned:
+        if not config.row_major:
             continue
         dtypes = measured_in[kind_of(made.arch, config.x, config.out, config.fp16_accumulate)]
         twin = replace(config, x=dtypes[0], weight=dtypes[1], out=dtypes[2]).symbol

@@ -113,9 +113,6 @@ Broken broken(const Problem& p, Alignment pointers) {
   return c.tma ? why.map : nullptr;
 }
 
-// How much a kernel relies on. What relies on less has masks, shifts or narrow accesses that others do without.
-int reliance(const Config& c) { return c.row_major + c.aligned + c.out_aligned; }
-
 // fp16_accumulate permits what would gain nothing where accumulation in float32 is as fast; an override may ask for it.
 Class rows_of(const Problem& p, const Chip& chip) {
   const auto x = static_cast<uint32_t>(p.x), weight = static_cast<uint32_t>(p.weight),
@@ -171,7 +168,7 @@ const char* why_not(const Config& c, const Problem& p, Alignment pointers, const
   if (c.arch != chip.arch) return "built for another GPU";
   if (c.x != p.x || c.weight != p.weight || c.out != p.out) return "other dtypes";
   const Class rows = rows_of(p, chip);
-  if (&c < kConfigs + rows.first || &c >= kConfigs + rows.first + rows.count) return "other accumulation mode";
+  if (&c < kConfigs + rows.begins[0] || &c >= kConfigs + rows.begins[4]) return "other accumulation mode";
   return why_not_in_class(c, p, broken(p, pointers));
 }
 
@@ -280,20 +277,30 @@ std::string get_override() {
 }
 
 const Config* choose(const Problem& p, Alignment pointers, const Chip& chip) {
-  const Config* forced = g_override;
   const Class rows = rows_of(p, chip);
   const Broken why = broken(p, pointers);
-  const Work w = work(p);
-  const Config* best = nullptr;
-  double best_us = std::numeric_limits<double>::infinity();
-  for (const Config* c = kConfigs + rows.first; c != kConfigs + rows.first + rows.count; ++c) {
-    // The arch's own kernel of the forced name: another arch may ship one of that name too.
-    if (forced ? std::strcmp(forced->symbol, c->symbol) != 0 : best && reliance(*c) < reliance(*best)) continue;
-    if (why_not_in_class(*c, p, why)) continue;
-    const double us = predicted_us(*c, p, w, chip, best_us);
-    if (us < best_us) best = c, best_us = us;
+  if (const Config* forced = g_override) {
+    for (const Config* c = kConfigs + rows.begins[0]; c != kConfigs + rows.begins[4]; ++c) {
+      // The arch's own kernel of that name: another arch may ship one too.
+      if (std::strcmp(forced->symbol, c->symbol) == 0) return why_not_in_class(*c, p, why) ? nullptr : c;
+    }
+    return nullptr;
   }
-  return best;
+  const Work w = work(p);
+  // What relies on more than the call has is passed over at once; of the rest few calls break anything.
+  const bool rarely = why.large || why.map;
+  for (int reliance = why.strides ? 3 : why.loads ? 2 : why.out ? 1 : 0; reliance < 4; ++reliance) {
+    const Config* best = nullptr;
+    double best_us = std::numeric_limits<double>::infinity();
+    for (const Config* c = kConfigs + rows.begins[reliance]; c != kConfigs + rows.begins[reliance + 1]; ++c) {
+      if (rarely && why_not_in_class(*c, p, why)) continue;
+      const double us = predicted_us(*c, p, w, chip, best_us);
+      if (us < best_us) best = c, best_us = us;
+    }
+    // What relies on less has masks, shifts or narrow accesses that these do without.
+    if (best) return best;
+  }
+  return nullptr;
 }
 
 std::string shipped_archs() {

@@ -101,13 +101,16 @@ struct Config {
   Status (*launch)(const LaunchSite&, const Problem&, const Operands&);
 };
 
-// Sorted by arch, then by class; in a class from large M to small, the kernel that takes any alignment last.
+// Sorted by arch, then by class; in a class by how much they rely on, the kernel that takes any strides last; and then
+// from large M to small.
 extern const Config kConfigs[];
 extern const int32_t kConfigCount;
-// The rows of each class of an arch, by the values of DType.
+// The rows of a class: which is the first that relies on all of row_major, aligned and out_aligned, on two of them, on
+// one, and on none; and the one after the last.
 struct Class {
-  int32_t first, count;
+  int32_t begins[5];
 };
+// Of each arch, by the values of DType.
 struct Arch {
   int32_t arch;
   Class classes[3][3][3][2];  // x, weight, out, fp16_accumulate
@@ -185,8 +188,8 @@ uint32_t box_rows(int64_t rows, uint32_t most);
 // to 19.4 us at 256x4096x4096).
 bool early(const Config& config, const Problem& problem, int32_t sm_count);
 
-// The config of the problem's class with the lowest predicted time among those that can run, the earlier row on a tie;
-// one that does without an alignment which the call has only where no other can; nullptr if none can. Allocates nothing
+// The config of the problem's class with the lowest predicted time among those that can run and rely on most of what
+// the call has, the earlier row on a tie; nullptr if none can. Allocates nothing
 // and takes no lock.
 const Config* choose(const Problem& problem, Alignment pointers, const Chip& chip);
 

@@ -284,6 +284,7 @@ def test_the_cache_key_tells_configs_and_archs_apart() -> None:
     changes = {"x": "f32", "weight": "bf16", "out": "f32", "fp16_accumulate": True, "aligned": False, "tile_m": 32}
     changes |= {"tile_n": 32, "tile_k": 32, "warps": 8, "stages": 2, "epilogue_parts": 2, "group_m": 4, "arch": 90}
     changes |= {"kernel": "ring", "warps_m": 2, "unit_k": 32, "out_aligned": False, "cluster": 2, "x_stages": 4}
+    changes |= {"any_rows": True}
     assert set(changes) == set(Config.__dataclass_fields__)
     keys = [compile.cache_key(replace(SMALL, **{name: value}), 90) for name, value in changes.items()]
     keys += [compile.cache_key(SMALL, 89), compile.cache_key(SMALL, 90)]
@@ -466,6 +467,16 @@ GENERIC = Config(89, "f16", "f16", "f16", False, False, 64, 64, 32, 4, 2, out_al
 def test_a_class_that_dispatch_cannot_rely_on(rows: list[Config], told: str) -> None:
     with pytest.raises(BuildError, match=rf"^sm_89 f16-f16-f16: .*{told}"):
         check_classes(rows)
+
+
+def test_fp16_accumulate_keeps_the_sums_of_a_large_tile_in_halves() -> None:
+    large = {config.tile for config in CONFIGS if config.halves}
+    small = {config.tile for config in CONFIGS if config.fp16_accumulate and config.kernel == "async"} - large
+    assert large == {"128x256x32"} and "128x128x64" in small
+    halved = next(config for config in CONFIGS if config.halves)
+    with pytest.raises(Exception, match="add_halves") as caught:
+        compile.to_ptx(replace(halved, tile_k=128))
+    assert "a step must not cross from one chunk to the next" in str(caught.value.__cause__)
 
 
 def test_a_result_whose_parts_leave_a_buffer_in_use_is_refused() -> None:

@@ -304,7 +304,8 @@ def test_what_is_not_aligned_takes_a_kernel_that_does_not_rely_on_it(start: Star
         "[launch(c.pop('m', 64), c.pop('n', 64), c.pop('k', 64), **c) for c in changes.values()])"
     )
     plain, *rest = outcome.of("cuLaunchKernelEx")
-    assert outcome.printed == [""] * (1 + len(UNALIGNED)) and not plain["symbol"].endswith(("_any", "_anyout", "_anyrows"))
+    assert outcome.printed == [""] * (1 + len(UNALIGNED))
+    assert not plain["symbol"].endswith(("_any", "_anyout", "_anyrows")), plain
     for what, call in zip(UNALIGNED, rest, strict=True):
         wanted = "_anyout" if what in RESULT_ALONE else "_anyrows" if what in ROWS_ALONE else "_any"
         assert call["symbol"].endswith(wanted), f"{what}: {call}"

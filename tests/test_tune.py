@@ -44,7 +44,7 @@ def kernel(config: configs.Config) -> dict[str, Any]:
     """lbg.Config's fields of a config."""
     fields = asdict(config) | {name: NAMES[getattr(config, name)] for name in ("x", "weight", "out")}
     extra = {"symbol": config.symbol, "compiled_arch": config.arch, "tma": config.tma, "persistent": config.persistent}
-    extra |= {"pieces": config.pieces}
+    extra |= {"pieces": config.pieces, "row_major": config.row_major}
     extra |= {"shared_bytes": 0, "registers": 128, "ctas_per_sm": 1} | asdict(cost(config))
     return {name: value for name, value in (fields | extra).items() if name in bench.lbg.Config.__dataclass_fields__}
 
@@ -410,7 +410,7 @@ def test_candidates_keep_the_rules_and_every_exclusion_has_a_reason() -> None:
         ({}, ""),
         ({"stages": 5}, "shared memory holds 4 stages, not 5"),
         ({"stages": 1}, "shared memory holds 1 stages; a async kernel needs 2"),
-        ({"fp16_accumulate": True}, "256 of a thread's 255 registers would be accumulators; the most is 128"),
+        ({"tile_n": 256, "stages": 3}, "256 of a thread's 255 registers would be accumulators; the most is 128"),
         ({"fp16_accumulate": True, "warps": 8}, ""),
         ({"fp16_accumulate": True, "warps": 8, "tile_k": 128, "stages": 1}, "shared memory holds 1 stages"),
         ({"tile_k": 48}, "tile_k is 48; block sizes are powers of two"),

@@ -3,6 +3,7 @@
     python -m tests.bench.fit --fit aot/evidence_sm_90.json  measures every kernel over a grid, writes its constants
     python -m tests.bench.fit --validate                     on other shapes: the chosen kernel against the best one
 
+With --any-rows both are of kernels for rows that start anywhere, at sizes off 8, and the constants of the rest stay.
 --times FILE keeps what was measured and --from FILE takes it instead of a GPU; --journal FILE, a tuner's of the same
 GPU, adds its times of kernels that are shipped now and were not measured then; with --validate --from, --costs FILE
 (evidence) chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for and no triton. Every
@@ -42,6 +43,11 @@ from tests.cases import CLASSES, Case
 BENCHMARKS = tuple((shape.m, shape.n, shape.k) for shape in SHAPES) + (
     (16384, 1024, 1024), (16384, 4096, 1024), (512, 4096, 16384), (512, 4096, 4096), (128, 4096, 4096),
     (64, 16384, 4096), (16, 4096, 16384),
+)  # fmt: skip
+# The same of K off 8, as layers of a few hundred columns have.
+ODD_BENCHMARKS = (
+    *((m, 4096, k) for m in (1, 16, 64, 256, 1024, 4096) for k in (4090, 4095)),
+    (256, 1024, 300), (4096, 1024, 300), (256, 512, 100), (4096, 512, 100), (1024, 1000, 250),
 )  # fmt: skip
 COMMAND = "python -m tests.bench.fit --fit"
 LONGEST = 16384
@@ -101,15 +107,18 @@ class Run:
 # ---- measuring
 
 
-def random_shapes(count: int, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Log-uniform; N and K are multiples of 8, which the fast kernels take."""
+def random_shapes(count: int, seed: int, any_rows: bool = False) -> Iterator[tuple[int, int, int]]:
+    """Log-uniform; N and K are multiples of 8, which the fast kernels take, or else K is none."""
     draw = random.Random(seed)
 
     def size(low: int, unit: int) -> int:
         return max(low, round(math.exp(draw.uniform(math.log(low), math.log(LONGEST))) / unit) * unit)
 
     for _ in range(count):
-        yield size(1, 1), size(64, 8), size(64, 8)
+        if any_rows:
+            yield size(1, 1), size(16, 1), size(16, 8) - draw.randint(1, 7)
+        else:
+            yield size(1, 1), size(64, 8), size(64, 8)
 
 
 class Bench:
@@ -200,10 +209,11 @@ def explain(
 
 
 def measure(bench: Bench, case: Case, order: random.Random, rounds: int = 7) -> list[Time]:
-    """Every kernel that takes the case (the generic one only where no other does): checked, then timed."""
+    """Every kernel that takes the case and relies on most, as dispatch has it, or on as much as stores to any address:
+    checked, then timed."""
     explanation = explain(case, bench.arguments(case, 1)[0])
     legal = [candidate.config for candidate in explanation.candidates if candidate.why_not is None]
-    rows = [config for config in legal if config.aligned] or legal
+    rows = [config for config in legal if config.aligned] or contenders(legal, lambda config: config)
     medians, wrong = time_kernels(bench, case, [row.symbol for row in rows], order, rounds)
     if wrong:
         raise RuntimeError(next(iter(wrong.values())))
@@ -289,17 +299,21 @@ def own_classes(kernels: dict[str, lbg.Config], full_rate: bool) -> list[Class]:
     return [kind for kind in CLASSES if kind[-1] in modes]
 
 
-def fit_cases(classes: list[Class], count: int) -> list[Case]:
+def benchmarks(any_rows: bool) -> tuple[tuple[int, int, int], ...]:
+    return ODD_BENCHMARKS if any_rows else BENCHMARKS
+
+
+def fit_cases(classes: list[Class], count: int, any_rows: bool = False) -> list[Case]:
     """Of float16 weights: bfloat16 kernels run the same instructions, and dispatch gives them the same constants."""
-    shapes = [*BENCHMARKS, *random_shapes(count, seed=1)]
+    shapes = [*benchmarks(any_rows), *random_shapes(count, 1, any_rows)]
     return [cases.of_class(Case(*shape), kind) for kind in classes if kind[1] is torch.float16 for shape in shapes]
 
 
-def validation_cases(classes: list[Class], count: int) -> list[Case]:
+def validation_cases(classes: list[Class], count: int, any_rows: bool = False) -> list[Case]:
     """The benchmark shapes in every class; random ones, other than the fit's, class by class in turn."""
-    benchmarks = [cases.of_class(Case(*shape), kind) for kind in classes for shape in BENCHMARKS]
-    drawn = random_shapes(count, seed=2)
-    return benchmarks + [cases.of_class(Case(*shape), classes[i % len(classes)]) for i, shape in enumerate(drawn)]
+    known = [cases.of_class(Case(*shape), kind) for kind in classes for shape in benchmarks(any_rows)]
+    drawn = random_shapes(count, 2, any_rows)
+    return known + [cases.of_class(Case(*shape), classes[i % len(classes)]) for i, shape in enumerate(drawn)]
 
 
 # ---- judging
@@ -319,7 +333,8 @@ def regrets(run: Run, costs: dict[str, dict[str, float]] | None) -> list[dict[st
             chosen = min(fast, key=lambda t: predicted[t.symbol])
         assert chosen is not None, group
         row = {"shape": f"{best.m}x{best.n}x{best.k}", "off": round(chosen.us / best.us - 1, 4)}
-        row["kind"] = "benchmark" if (best.m, best.n, best.k) in BENCHMARKS else "random"
+        known = BENCHMARKS + ODD_BENCHMARKS
+        row["kind"] = "benchmark" if (best.m, best.n, best.k) in known else "random"
         row |= {"chosen": chosen.symbol, "us": round(chosen.us, 2)}
         rows.append(row | {"best": best.symbol, "best_us": round(best.us, 2)})
     return rows
@@ -353,10 +368,17 @@ def all_costs(run: Run, fitted: dict[str, dict[str, Any]]) -> dict[str, dict[str
     return found
 
 
-def write_costs(path: Path, run: Run, costs: dict[str, Any]) -> None:
-    """Puts them into the file's section `tune`, beside its rows."""
+def write_costs(path: Path, run: Run, costs: dict[str, Any], beside: bool = False) -> None:
+    """Puts them into the file's section `tune`, beside its rows; and beside the constants of other kernels there, which
+    must be of the same GPU."""
     arch = next(iter(run.kernels.values())).arch
     tune = evidence.read(arch, path if path.exists() else None)["tune"]
+    if beside and (standing := tune.get("costs")):
+        if standing["gpu"] != costs["gpu"]:
+            raise BuildError(f"{path} has constants of a {standing['gpu']}, these are of a {costs['gpu']}")
+        costs = standing | {"any_rows": {key: costs[key] for key in costs if key != "kernels"}} | {
+            "kernels": standing["kernels"] | costs["kernels"]
+        }  # fmt: skip
     evidence.write_section(path, arch, "tune", tune | {"costs": costs})
 
 
@@ -365,6 +387,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--fit", type=Path, metavar="FILE", help="where to write the constants: aot/evidence_sm_XY.json")
     what.add_argument("--validate", action="store_true", help="tell how far the choices are from the best")
+    parser.add_argument("--any-rows", action="store_true", help="kernels for rows that start anywhere, not the others")
     parser.add_argument("--times", type=Path, help="where to keep what is measured")
     parser.add_argument("--from", type=Path, dest="source", metavar="TIMES", help="take these times: needs no GPU")
     parser.add_argument("--journal", type=Path, help="a tuner's, for kernels that have no times yet")
@@ -380,7 +403,8 @@ def main() -> None:
         classes = own_classes(kernels, bool(lbg._C.gpu(torch.cuda.current_device())[4]))
         draw = fit_cases if arguments.fit else validation_cases
         with torch.inference_mode():
-            run = measure_all(kernels, draw(classes, arguments.count or 200), arguments.commit)
+            wanted = draw(classes, arguments.count or 200, arguments.any_rows)
+            run = measure_all(kernels, wanted, arguments.commit)
     if arguments.times:
         run.save(arguments.times)
     if arguments.journal:
@@ -391,9 +415,10 @@ def main() -> None:
             raise RuntimeError(f"{strange[0]} is a verification build's: its times are no GPU's that it is shipped for")
         fitted = fit_all(run)
         sources = (("--from", arguments.source), ("--journal", arguments.journal))
-        command = " ".join([COMMAND, str(arguments.fit), *(f"{flag} {path}" for flag, path in sources if path)])
+        flags = ["--any-rows"] if arguments.any_rows else []
+        command = " ".join([COMMAND, str(arguments.fit), *flags, *(f"{flag} {path}" for flag, path in sources if path)])
         head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": command}
-        write_costs(arguments.fit, run, head | {"facts": run.facts, "kernels": fitted})
+        write_costs(arguments.fit, run, head | {"facts": run.facts, "kernels": fitted}, arguments.any_rows)
         print(f"{len(fitted)} of {len(run.kernels)} kernels fitted: rms and worst relative error")
         for symbol, row in fitted.items():
             print(f"  {row['rms']:6.1%} {row['worst']:6.1%}  {symbol:<56} {row['shapes']} shapes  {row['cost']}")

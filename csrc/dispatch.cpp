@@ -39,7 +39,8 @@ namespace {
 std::atomic<const Config*> g_override{nullptr};
 
 constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
-constexpr int64_t kLarge = kInt32 / 2;  // sizes up to here leave room for a tile, and for some K steps
+constexpr int64_t kLarge = kInt32 / 2;           // sizes up to here leave room for a tile, and for some K steps
+constexpr int64_t kShiftedK = int64_t{1} << 26;  // shifted loads count a row's bits in 32 of their own
 
 // Sizes that matter fit 32 bits, whose division takes a third of the time on many CPUs.
 int64_t div(int64_t a, int64_t b) {
@@ -67,7 +68,7 @@ struct Broken {
 
 Broken broken(const Problem& p, Alignment pointers) {
   Broken why{};
-  why.large = std::max({p.m, p.n, p.k}) > kLarge || p.m * p.n > kLarge;
+  why.large = std::max(p.m, p.n) > kLarge || p.k >= kShiftedK || p.m * p.n > kLarge;
   if (p.stride_xk != 1 || p.stride_wk != 1 || p.stride_on != 1) {
     why.strides = "an inner stride is not 1";
   } else if (p.stride_scale != 1 || p.stride_shift != 1) {
@@ -107,7 +108,8 @@ Broken broken(const Problem& p, Alignment pointers) {
   if (!c.row_major) return nullptr;
   if (const char* loads = c.aligned ? why.loads : why.strides) return loads;
   // Loops look some K steps ahead.
-  if (why.large && (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > kInt32 - 32 * c.tile_k)) {
+  const int64_t most_k = c.aligned ? kInt32 - 32 * c.tile_k : kShiftedK - 1;
+  if (why.large && (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > most_k)) {
     return "a size needs 64 bits";
   }
   return c.tma ? why.map : nullptr;

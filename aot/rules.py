@@ -205,15 +205,16 @@ def late_us(config: Launched, m: Any, n: Any, k: Any, sm_count: int, at_once: in
     return us
 
 
+def reliance(config: Any) -> int:
+    """On how many of a call's promises a kernel relies: row_major, aligned and out_aligned."""
+    return int(config.row_major) + int(config.aligned) + int(config.out_aligned)
+
+
 def contenders(kernels: Sequence[T], config: Callable[[T], Any]) -> list[T]:
     """Of kernels that can run a call, those that csrc/dispatch.cpp's choose() weighs by time: none that relies on less
     than another does."""
-
-    def reliance(each: T) -> int:
-        return int(config(each).row_major) + int(config(each).aligned) + int(config(each).out_aligned)
-
-    most = max(map(reliance, kernels), default=0)
-    return [each for each in kernels if reliance(each) == most]
+    most = max((reliance(config(each)) for each in kernels), default=0)
+    return [each for each in kernels if reliance(config(each)) == most]
 
 
 def gains_enough(us: float, simpler_us: float, margin: float = 0.0) -> bool:

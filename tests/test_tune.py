@@ -492,6 +492,24 @@ def test_a_fit_takes_from_a_journal_what_it_has_no_times_of(tmp_path: Path) -> N
         replace(run, facts={"gpu": "H200"}).with_journal(path)
 
 
+def test_a_fit_keeps_the_constants_that_it_has_no_times_for(tmp_path: Path) -> None:
+    path, shipped = tmp_path / "evidence.json", evidence.read(90)["tune"]["costs"]
+    first, *_, last = shipped["kernels"]
+    assert last.endswith("_anyrows") and not first.endswith("_anyrows")
+    rows = {config.symbol: fit.lbg.Config(**kernel(config)) for config in CONFIGS if config.arch == 90}
+    run = fit.Run({}, 132, rows, [])
+    for symbol, any_rows in ((first, False), (last, True)):
+        new = {"gpu": shipped["gpu"], "measured": "today", "kernels": {symbol: {"shapes": 1}}}
+        fit.write_costs(path, run, new, any_rows)
+        found = evidence.read(90, path)["tune"]["costs"]
+        assert set(found["kernels"]) == set(shipped["kernels"]) and found["kernels"][symbol] == {"shapes": 1}, symbol
+        assert (found["any_rows"]["measured"] == "today") == any_rows and found["measured"] == "today", symbol
+    with pytest.raises(BuildError, match=r"has constants of a .*, these are of a H200"):
+        fit.write_costs(path, run, {"gpu": "H200", "kernels": {}}, True)
+    fit.write_costs(path, run, {"gpu": "H200", "kernels": {first: {"shapes": 2}}})
+    assert evidence.read(90, path)["tune"]["costs"] == {"gpu": "H200", "kernels": {first: {"shapes": 2}}}
+
+
 def test_times_of_other_constants_are_told_apart(tmp_path: Path) -> None:
     config = next(config for config in CONFIGS if config.arch == 90)
     now = kernel(config)

@@ -368,17 +368,19 @@ def all_costs(run: Run, fitted: dict[str, dict[str, Any]]) -> dict[str, dict[str
     return found
 
 
-def write_costs(path: Path, run: Run, costs: dict[str, Any], beside: bool = False) -> None:
-    """Puts them into the file's section `tune`, beside its rows; and beside the constants of other kernels there, which
-    must be of the same GPU."""
+def write_costs(path: Path, run: Run, costs: dict[str, Any], any_rows: bool = False) -> None:
+    """Puts them into the file's section `tune`, beside its rows. Constants of the same GPU that are there of shipped
+    kernels which this run did not time stay, and what is said of the run that they are of."""
     arch = next(iter(run.kernels.values())).arch
     tune = evidence.read(arch, path if path.exists() else None)["tune"]
-    if beside and (standing := tune.get("costs")):
-        if standing["gpu"] != costs["gpu"]:
-            raise BuildError(f"{path} has constants of a {standing['gpu']}, these are of a {costs['gpu']}")
-        costs = standing | {"any_rows": {key: costs[key] for key in costs if key != "kernels"}} | {
-            "kernels": standing["kernels"] | costs["kernels"]
-        }  # fmt: skip
+    standing = tune.get("costs", {})
+    if standing.get("gpu") == costs["gpu"]:
+        kept = {symbol: row for symbol, row in standing["kernels"].items() if symbol in run.kernels}
+        said = {key: value for key, value in costs.items() if key != "kernels"}
+        said = {**standing, "any_rows": said} if any_rows else {**standing, **said}
+        costs = said | {"kernels": kept | costs["kernels"]}
+    elif any_rows and standing:
+        raise BuildError(f"{path} has constants of a {standing['gpu']}, these are of a {costs['gpu']}")
     evidence.write_section(path, arch, "tune", tune | {"costs": costs})
 
 

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "lbg.h"
@@ -138,11 +139,19 @@ int64_t places(const Config& c, int32_t sm_count) {
   return c.cluster == 1 ? sm_count : std::max(1, sm_count / c.cluster);
 }
 
-// Into how many pieces the tiles of a last wave are cut: aot/hopper.py's Tiling.cut().
-int64_t cut(const Config& c, int64_t last, int64_t at_once) {
-  int64_t pieces = c.pieces;
-  while (pieces > 1 && pieces * last > at_once) pieces /= 2;
-  return pieces;
+// Into how many pieces, up to `most`, the tiles of a last wave are cut: aot/hopper.py's Tiling.cut(). Of one kernel, or
+// of a Pair.
+template <typename Number>
+Number cut(Number most, Number last, Number at_once) {
+  const Number one = Number{} + 1, room = 4 * last <= at_once ? 4 * one : 2 * last <= at_once ? 2 * one : one;
+  return room < most ? room : most;
+}
+
+// Whether it waits by itself for what the stream ran before it, but is better off if it need not: lbg.h's early(). All
+// of it is looked at, as predicted_us() has no use for branches.
+bool late(const Config& c, const Problem& p, int32_t sm_count) {
+  const int64_t count = tiles(c, p);
+  return c.tma & !c.persistent & (c.tile_m <= 64) & (p.m > 2 * c.tile_m) & (2 * count > sm_count) & (p.k > 1024);
 }
 
 }  // namespace
@@ -151,7 +160,7 @@ int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
   const int64_t count = tiles(c, p);
   if (!c.persistent) return c.cluster * count;
   const int64_t at_once = places(c, sm_count) * c.ctas_per_sm;
-  return c.cluster * std::min(count * cut(c, count, at_once), at_once);
+  return c.cluster * std::min(count * cut<int64_t>(c.pieces, count, at_once), at_once);
 }
 
 uint32_t box_rows(int64_t rows, uint32_t most) {
@@ -160,11 +169,7 @@ uint32_t box_rows(int64_t rows, uint32_t most) {
   return few == 3 ? 4 : few;
 }
 
-bool early(const Config& c, const Problem& p, int32_t sm_count) {
-  if (!c.tma) return false;
-  const bool shares_l2 = !c.persistent && c.tile_m <= 64 && p.m > 2 * c.tile_m && 2 * tiles(c, p) > sm_count;
-  return !shares_l2 || p.k <= 1024;
-}
+bool early(const Config& c, const Problem& p, int32_t sm_count) { return c.tma && !late(c, p, sm_count); }
 
 const char* why_not(const Config& c, const Problem& p, Alignment pointers, const Chip& chip) {
   if (c.arch != chip.arch) return "built for another GPU";
@@ -181,82 +186,104 @@ constexpr int64_t kGroup = 8, kFewColumns = 16, kFewColumnsGroup = 4;
 
 // What of a problem predicted times depend on, whatever the kernel: choose() looks once.
 struct Work {
-  double m, x_bytes, weight_bytes, out_bytes;
-  bool off32, off64, off128;  // whether rows start off so many bytes
+  double x_bytes, weight_bytes, out_bytes;
+  double off32, off64, off128;  // 1 if rows start off so many bytes, else 0
 };
 
 Work work(const Problem& p) {
   const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), k = static_cast<double>(p.k);
   const auto size = [](DType dtype) { return static_cast<double>(bytes(dtype)); };
-  const int64_t row = row_bytes(p);
-  return {
-      m, m * k * size(p.x), n * k * size(p.weight), m * n * size(p.out), row % 32 != 0, row % 64 != 0, row % 128 != 0};
+  const auto off = [row = row_bytes(p)](int64_t boundary) { return row % boundary ? 1.0 : 0.0; };
+  return {m * k * size(p.x), n * k * size(p.weight), m * n * size(p.out), off(32), off(64), off(128)};
 }
 
 // Bytes to and from DRAM of `at_once` tiles on the GPU: lbg.h's "reads".
 double dram_bytes(const Config& c, const Problem& p, const Work& w, int64_t at_once, int32_t sm_count) {
   const double held = static_cast<double>(sm_count) * c.l2_bytes_per_sm;
-  if (w.x_bytes + w.weight_bytes <= held) return w.x_bytes + w.weight_bytes + w.out_bytes;
   const int64_t tiles_m = tiles_of(p.m, c.tile_m), tiles_n = tiles_of(p.n, c.tile_n);
   int64_t group = c.persistent && tiles_n <= kFewColumns ? kFewColumnsGroup : kGroup;
   group = c.tma && !c.persistent ? tiles_m : std::min(group, tiles_m);
   const int64_t rows = group * c.tile_m;
-  const double group_x = rows < p.m ? w.x_bytes * static_cast<double>(rows) / w.m : w.x_bytes;
+  const double group_x = rows < p.m ? w.x_bytes * static_cast<double>(rows) / static_cast<double>(p.m) : w.x_bytes;
   int64_t x_reads = 1, weight_reads = 1;
   if (group_x > held) x_reads = ceil_div(tiles_n, std::max<int64_t>(1, div(at_once, group)));
-  if (w.weight_bytes + group_x > held) weight_reads = ceil_div(tiles_m, std::max(group, div(at_once, tiles_n)));
+  if (tiles_n && w.weight_bytes + group_x > held) {
+    weight_reads = ceil_div(tiles_m, std::max(group, div(at_once, tiles_n)));
+  }
   return static_cast<double>(x_reads) * w.x_bytes + static_cast<double>(weight_reads) * w.weight_bytes + w.out_bytes;
 }
 
-// lbg.h's "loaded".
-double loaded(const Config& c, const Problem& p) {
-  if (!c.tma || c.persistent || (p.m >= c.tile_m && p.n >= c.tile_n)) return 1;
-  const auto step = [&](int64_t rows, int64_t columns) {
-    return static_cast<double>(rows * bytes(c.x) + columns * bytes(c.weight));
-  };
-  return step(std::min<int64_t>(p.m, c.tile_m), std::min<int64_t>(p.n, c.tile_n)) / step(c.tile_m, c.tile_n);
-}
+// A number of each of two kernels: as many as every CPU's vectors hold.
+using Pair = double __attribute__((vector_size(16)));
 
-// Of a wave of whole tiles, what one of 1, 2 or 4 pieces takes.
-constexpr double kShare[] = {0, 1, kShared + (1 - kShared) / 2, 0, kShared + (1 - kShared) / 4};
+Pair both(double value) { return Pair{value, value}; }
+Pair min(Pair a, Pair b) { return b < a ? b : a; }
+Pair max(Pair a, Pair b) { return a < b ? b : a; }
 
-// predicted_us(), or something from `enough` on where that is so long: more need not be known then. Inlined into
-// choose()'s loop, as why_not_in_class() is.
-[[gnu::always_inline]] inline double predicted_us(const Config& c, const Problem& p, const Work& w, const Chip& chip,
-                                                  double enough) {
-  const Cost& cost = chip.full_rate ? c.full_rate_cost : c.cost;
-  const int64_t sms = places(c, chip.sm_count), at_once = sms * c.ctas_per_sm;
-  const int64_t count = tiles(c, p), whole = div(count, at_once), rest = count - whole * at_once;
-  const int64_t pieces = cut(c, rest, at_once), last = pieces * rest;
-  const auto steps = static_cast<double>(tiles_of(p.k, c.tile_k));
-  double crowd_us = cost.crowd_us;
-  if (w.off128) {
-    crowd_us += loaded(c, p) * (cost.off128_us + (w.off64 ? cost.off64_us : 0) + (w.off32 ? cost.off32_us : 0));
-  }
-  const auto wave_us = [&](int64_t fullest, double per_sm) {
-    const double step_us = std::max(static_cast<double>(fullest) * cost.step_us, cost.latency_us);
-    return cost.wave_us + steps * (step_us + per_sm * crowd_us);
+// Quotients to whole numbers, which all doubles from 2^52 on are: a sum there is rounded to the nearest. For divisors
+// up to 2^16.
+constexpr double kAlmostHalf = 0.5 - 0x1p-17, kWholes = 0x1.8p52;
+Pair up(Pair quotient) { return quotient + kAlmostHalf + kWholes - kWholes; }
+Pair down(Pair quotient) { return quotient - kAlmostHalf + kWholes - kWholes; }
+
+// predicted_us() of two kernels, without branches that go one way for one kernel and the other way for the next: a CPU
+// foresees few of those, and each that it does not costs a choice about as much as half a kernel's formula.
+[[gnu::always_inline]] inline Pair predicted_us(const Config& a, const Config& b, const Problem& p, const Work& w,
+                                                const Chip& chip) {
+  const auto each = [&](auto of) {
+    return Pair{static_cast<double>(std::invoke(of, a)), static_cast<double>(std::invoke(of, b))};
   };
-  double busy = static_cast<double>(whole) * wave_us(c.ctas_per_sm, c.ctas_per_sm);
-  if (rest) {
-    const double us = wave_us(ceil_div(last, sms), static_cast<double>(last) / static_cast<double>(sms));
-    busy += kShare[pieces] * us;
+  const Cost &cost_a = chip.full_rate ? a.full_rate_cost : a.cost, &cost_b = chip.full_rate ? b.full_rate_cost : b.cost;
+  const auto cost = [&](double Cost::* of) { return Pair{cost_a.*of, cost_b.*of}; };
+  const auto m = static_cast<double>(p.m), n = static_cast<double>(p.n), sm_count = static_cast<double>(chip.sm_count);
+
+  const Pair sms = each([&](const Config& c) { return places(c, chip.sm_count); });
+  const Pair ctas = each(&Config::ctas_per_sm), at_once = sms * ctas;
+  const Pair count = each([&](const Config& c) { return tiles(c, p); });
+  const Pair steps = each([&](const Config& c) { return tiles_of(p.k, c.tile_k); });
+  const Pair whole = down(count / at_once), rest = count - whole * at_once;
+  Pair last = rest, share = both(1), loaded = both(1), once = cost(&Cost::launch_us);
+  if (a.tma || b.tma) {
+    const Pair pieces = cut(each(&Config::pieces), rest, at_once);
+    last = pieces * rest;
+    share = kShared + (1 - kShared) / pieces;
+    const Pair tma = each(&Config::tma), small_boxes = tma * (1 - each(&Config::persistent));
+    const Pair tile_m = each(&Config::tile_m), tile_n = each(&Config::tile_n);
+    const auto step = [x = static_cast<double>(bytes(p.x)), weight = static_cast<double>(bytes(p.weight))](
+                          Pair rows, Pair columns) { return rows * x + columns * weight; };
+    const Pair box = step(min(both(m), tile_m), min(both(n), tile_n));
+    loaded = small_boxes > 0 ? box / step(tile_m, tile_n) : loaded;
+    once += kLateUs * each([&](const Config& c) { return late(c, p, chip.sm_count); });
+    once += 2 * (whole > 0 ? at_once : last) > at_once ? kNoRoomUs * tma : both(0);
   }
-  double once = cost.launch_us;
-  if (c.tma && !early(c, p, chip.sm_count)) once += kLateUs;
-  if (c.tma && 2 * (whole ? at_once : last) > at_once) once += kNoRoomUs;
-  if (once + busy >= enough) return once + busy;
-  const double memory = dram_bytes(c, p, w, at_once, chip.sm_count) / (chip.sm_count * cost.dram_bytes_per_us);
-  const auto squared = [](double value) { return value * value; };
-  const double both = squared(squared(busy)) + squared(squared(memory));
-  if (both >= squared(squared(enough - once))) return enough;  // without the roots, which take long
-  return once + std::sqrt(std::sqrt(both));
+  const Pair off_us =
+      w.off128 * cost(&Cost::off128_us) + w.off64 * cost(&Cost::off64_us) + w.off32 * cost(&Cost::off32_us);
+  const Pair crowd_us = cost(&Cost::crowd_us) + loaded * off_us;
+  const auto wave_us = [&](Pair fullest, Pair per_sm) {
+    const Pair step_us = max(fullest * cost(&Cost::step_us), cost(&Cost::latency_us));
+    return cost(&Cost::wave_us) + steps * (step_us + per_sm * crowd_us);
+  };
+  const Pair per_sm = last / sms;
+  const Pair busy = whole * wave_us(ctas, ctas) + (rest > 0 ? share * wave_us(up(per_sm), per_sm) : both(0));
+
+  const double held = sm_count * std::min(a.l2_bytes_per_sm, b.l2_bytes_per_sm);
+  Pair moved = both(w.x_bytes + w.weight_bytes + w.out_bytes);
+  if (w.x_bytes + w.weight_bytes > held) {
+    const auto bytes = [&](const Config& c, double most) {
+      return dram_bytes(c, p, w, static_cast<int64_t>(most), chip.sm_count);
+    };
+    moved = Pair{bytes(a, at_once[0]), bytes(b, at_once[1])};
+  }
+  const Pair memory = moved / (sm_count * cost(&Cost::dram_bytes_per_us));
+  const auto squared = [](Pair value) { return value * value; };
+  const Pair sum = squared(squared(busy)) + squared(squared(memory));
+  return once + Pair{std::sqrt(std::sqrt(sum[0])), std::sqrt(std::sqrt(sum[1]))};
 }
 
 }  // namespace
 
 double predicted_us(const Config& c, const Problem& p, const Chip& chip) {
-  return predicted_us(c, p, work(p), chip, std::numeric_limits<double>::infinity());
+  return predicted_us(c, c, p, work(p), chip)[0];
 }
 
 Status set_override(const std::string& symbol) {
@@ -292,12 +319,21 @@ const Config* choose(const Problem& p, Alignment pointers, const Chip& chip) {
   // What relies on more than the call has is passed over at once; of the rest few calls break anything.
   const bool rarely = why.large || why.map;
   for (int reliance = why.strides ? 3 : why.loads ? 2 : why.out ? 1 : 0; reliance < 4; ++reliance) {
+    const Config* const end = kConfigs + rows.begins[reliance + 1];
+    const auto able = [&](const Config* c) {  // the first from here on that can run
+      while (rarely && c != end && why_not_in_class(*c, p, why)) ++c;
+      return c;
+    };
     const Config* best = nullptr;
     double best_us = std::numeric_limits<double>::infinity();
-    for (const Config* c = kConfigs + rows.begins[reliance]; c != kConfigs + rows.begins[reliance + 1]; ++c) {
-      if (rarely && why_not_in_class(*c, p, why)) continue;
-      const double us = predicted_us(*c, p, w, chip, best_us);
-      if (us < best_us) best = c, best_us = us;
+    for (const Config* c = able(kConfigs + rows.begins[reliance]); c != end;) {
+      const Config* next = able(c + 1);
+      if (next == end) next = c;
+      const Pair us = predicted_us(*c, *next, p, w, chip);
+      // Compilers make selections of these, not branches.
+      if (us[0] < best_us) best = c, best_us = us[0];
+      if (us[1] < best_us) best = next, best_us = us[1];
+      c = able(next + 1);
     }
     // What relies on less has masks, shifts or narrow accesses that these do without.
     if (best) return best;

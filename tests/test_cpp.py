@@ -93,5 +93,5 @@ def test_a_choice_costs_less_than_200_ns(root: Path, tmp_path: Path) -> None:
     told = subprocess.run([path], capture_output=True, text=True, check=True).stdout
     best, median, additions = map(float, told.split())
     print(f"a choice: best batch {best} ns, median batch {median} ns, meanwhile {additions} additions")
-    # 200 ns of a core that does 4 a cycle at 5 GHz. A slower one, or one that has other work besides, gets more time.
-    assert best < 200 or additions < 4000, (best, median, additions)
+    # 140 ns of a core that does 4 a cycle at 5 GHz. A slower one, or one that has other work besides, gets more time.
+    assert best < 200 or additions < 2800, (best, median, additions)

@@ -167,21 +167,25 @@ class Tile:
 # Any strides, any alignment. 4 warps and 2 stages, the conservative choice: its loads are masked single elements. By
 # fp16_accumulate. It closes every class and is no row of the evidence: the tuner holds all others against it.
 GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
-# Rows of x and weight that start anywhere, with inner strides of 1 (aot/kernels.py's shifted loads): by x's dtype being
-# float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in registers while the
-# one's before are multiplied. On an H100, sm_90, N=4096, K=4095, with the generic kernel's time in brackets: a float16
-# x at M=1 21.8 us (145.8), 16 22.0 (162.6), 64 50.0 (169.7), 256 74.1 (168.5), 1024 186 (370), 4096 731 (1445); a
-# float32 one at M=1 28.2 (138), 256 95.9 (171), 4096 999 (1932). `python -m tests.bench --shapes 1x4096x4095,...` makes
-# them again, those of the generic kernel at a commit before these were.
+# Rows of x and weight that start anywhere, with inner strides of 1 (aot/kernels.py's shifted loads): by arch, by x's
+# dtype being float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in
+# registers while the one's before are multiplied. sm_90's are the best of 18 tiles of a float16 x and of 14 of a
+# float32 one on an H100; the largest of them would spill on sm_89.
 ANY_ROWS = {
-    (False, False): (
+    (89, False, False): (
         Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 256, 4, 2)
     ),
-    (True, False): (
+    (89, True, False): (
         Tile(128, 128, 32, 8, 2, 4), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)
     ),
-    (False, True): (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
-    (True, True): (Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
+    (89, False, True): (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
+    (89, True, True): (Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
+    (90, False, False): (
+        Tile(256, 128, 32, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(16, 64, 128, 4, 2), Tile(16, 32, 256, 4, 2)
+    ),
+    (90, True, False): (
+        Tile(128, 256, 32, 8, 2, 4), Tile(128, 64, 64, 8, 2, 2), Tile(32, 32, 128, 4, 2), Tile(16, 32, 128, 4, 2)
+    ),
 }  # fmt: skip
 # Arches whose matrix units are faster at fp16 accumulation. Elsewhere fp16_accumulate permits what would gain nothing,
 # and dispatch takes the kernels that accumulate in float32.
@@ -220,7 +224,7 @@ def shipped(arch: int, rows: evidence.Rows) -> Iterator[Config]:
         for promise in evidence.PROMISES:
             for row in rows[kind][promise]:
                 yield config_of(arch, dtypes, tile_of(row), promise)
-        for tile in ANY_ROWS[x == "f32", mode]:
+        for tile in ANY_ROWS[arch, x == "f32", mode]:
             yield config_of(arch, dtypes, tile, "any_rows")
         yield config_of(arch, dtypes, GENERIC[mode], "any")
 

@@ -37,6 +37,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "tile": (),
     "async": ("ada.py",),
     **dict.fromkeys(("ring", "ws", "pingpong"), ("hopper.py",)),
+    "shift": ("hopper.py", "unaligned.py"),
 }
 
 TRITON_TYPES = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
@@ -120,11 +121,13 @@ def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[t
         "TILE_N": config.tile_n,
         "TILE_K": config.tile_k,
         "GROUP_M": config.group_m,
-        "EPILOGUE_PARTS": config.epilogue_parts,
-        "FP16_ACCUMULATE": config.fp16_accumulate,
         "SYMBOL": config.symbol,
     }
-    constants |= async_constants(config) if config.kernel == "async" else {"LOADS": config.loads}
+    if config.kernel == "shift":
+        constants |= {"STAGES": config.stages}
+    else:
+        constants |= {"EPILOGUE_PARTS": config.epilogue_parts, "FP16_ACCUMULATE": config.fp16_accumulate}
+        constants |= async_constants(config) if config.kernel == "async" else {"LOADS": config.loads}
     names = [*types, *(name for name in constants if name not in types)]
     types |= dict.fromkeys(constants, "constexpr")
     return types, constants, hints(config, names)
@@ -228,7 +231,7 @@ def to_ptx(config: Config) -> Compiled:
     from triton.compiler import ASTSource
     from triton.experimental.gluon import GluonASTSource
 
-    from aot import ada, hopper, kernels
+    from aot import ada, hopper, kernels, unaligned
 
     types, constants, hints = signature(config)
     options = {"num_warps": config.program_warps, "enable_fp_fusion": True, "ptx_version": PTX_VERSION}
@@ -237,6 +240,8 @@ def to_ptx(config: Config) -> Compiled:
         kernel = hopper.lbg_fused_ws if config.persistent else hopper.lbg_fused_ring
         source = GluonASTSource(fn=kernel, signature=types, constexprs=constants, attrs=hints)
         options |= {"maxnreg": hopper.WS_REGISTERS} if config.persistent else {}
+    elif config.kernel == "shift":
+        source = GluonASTSource(fn=unaligned.lbg_fused_shift, signature=types, constexprs=constants, attrs=hints)
     elif config.kernel == "async":
         source = GluonASTSource(fn=ada.lbg_fused_async, signature=types, constexprs=constants, attrs=hints)
     else:
@@ -389,7 +394,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         # The loop over tiles holds the stores of a persistent kernel by right; and where warps have roles, all that
         # they do lies in the loop that waits for one.
         stores_in_loop=stores_in_k_loop(compiled.ir, 2 if config.persistent else 1)
-        if config.tma
+        if config.has_roles
         else sum(bool(sass.store_bytes(i)) for body in bodies for i in body),
         store_width_bytes=store_width(config, instructions, compiled.boxes),
         loop_instructions=len(main),

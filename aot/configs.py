@@ -42,7 +42,8 @@ class Config:
     epilogue_parts: int = 1  # 2 where the epilogue of a whole tile would spill
     # tile rows that share a pass over the weight, so that what is in flight stays in L2; hopper.py has its own
     group_m: int = rules.GROUP_M
-    kernel: str = "tile"  # aot/kernels.py's lbg_fused; "async" of ada.py; "ring", "ws", "pingpong" of hopper.py
+    # aot/kernels.py's lbg_fused; "async" of ada.py; "ring", "ws", "pingpong" of hopper.py; "shift" of unaligned.py
+    kernel: str = "tile"
     warps_m: int = 0  # async: of the warps, how many lie along M
     unit_k: int = 0  # async: how deep the operands are that a warp holds in registers, twice
     cluster: int = 1  # ws: CTAs that share a tile, half of its rows each
@@ -54,7 +55,9 @@ class Config:
     def symbol(self) -> str:
         x = self.x if self.x == self.weight else f"{self.x}as{self.weight}"
         mode = "_acc16" if self.fp16_accumulate else ""
-        kind = {"tile": "", "async": "_async", "ring": "_ring", "ws": "_ws", "pingpong": "_pp"}[self.kernel]
+        kind = {"tile": "", "async": "_async", "ring": "_ring", "ws": "_ws", "pingpong": "_pp", "shift": "_shift"}[
+            self.kernel
+        ]
         kind = f"_c{self.cluster}{kind}" if self.cluster > 1 else kind
         kind += "" if self.out_aligned else "_anyout" if self.aligned else "_anyrows" if self.any_rows else "_any"
         stages = f"{self.stages}x{self.x_stages}" if self.x_stages else f"{self.stages}"
@@ -74,6 +77,11 @@ class Config:
     def tma(self) -> bool:
         """Whether its operands come through tensor maps, which the launcher makes."""
         return self.kernel == "ring" or self.persistent
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether some of its warps load and others multiply."""
+        return self.tma or self.kernel == "shift"
 
     @property
     def persistent(self) -> bool:
@@ -96,7 +104,7 @@ class Config:
     @property
     def program_warps(self) -> int:
         """Warps that run an instruction of the part that multiplies and stores."""
-        return 4 if self.persistent else self.warps - 4 if self.kernel == "ring" else self.warps
+        return 4 if self.persistent or self.kernel == "shift" else self.warps - 4 * (self.kernel == "ring")
 
     @property
     def consumers(self) -> int:
@@ -170,7 +178,7 @@ GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
 # Rows of x and weight that start anywhere, with inner strides of 1 (aot/kernels.py's shifted loads): by arch, by x's
 # dtype being float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in
 # registers while the one's before are multiplied. sm_90's are the best of 18 tiles of a float16 x and of 14 of a
-# float32 one on an H100; the largest of them would spill on sm_89.
+# float32 one on an H100, the largest of which would spill on sm_89; and of aot/unaligned.py's.
 ANY_ROWS = {
     (89, False, False): (
         Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 256, 4, 2)
@@ -181,7 +189,8 @@ ANY_ROWS = {
     (89, False, True): (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
     (89, True, True): (Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
     (90, False, False): (
-        Tile(256, 128, 32, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(16, 64, 128, 4, 2), Tile(16, 32, 256, 4, 2)
+        Tile(256, 128, 32, 8, 2, 4), Tile(64, 64, 64, 20, 4, kernel="shift"),
+        Tile(64, 32, 64, 20, 8, kernel="shift"), Tile(16, 32, 256, 4, 2)
     ),
     (90, True, False): (
         Tile(128, 256, 32, 8, 2, 4), Tile(128, 64, 64, 8, 2, 2), Tile(32, 32, 128, 4, 2), Tile(16, 32, 128, 4, 2)

@@ -35,6 +35,7 @@ WS = Config(90, "f16", "f16", "f16", False, True, 128, 128, 64, 12, 2, 2, kernel
 PAIR = replace(WS, tile_m=256, cluster=2)
 PINGPONG = replace(WS, kernel="pingpong", epilogue_parts=4)
 RING = Config(90, "f16", "f16", "f16", False, True, 64, 64, 64, 8, 3, kernel="ring")
+SHIFT = replace(RING, aligned=False, warps=20, kernel="shift", out_aligned=False, any_rows=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> compile.Artifact:
 def kernels(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts a changed copy of a file of kernels, each (old, new) once, where the build finds it."""
 
-    for name in ("kernels", "ada", "hopper"):
+    for name in ("kernels", "ada", "hopper", "unaligned"):
         importlib.import_module(f"aot.{name}")  # or the import of one would put another's original back
 
     def change(*changes: tuple[str, str], file: str = "kernels") -> None:
@@ -173,6 +174,23 @@ def test_a_float32_x_may_have_slots_and_barriers_of_its_own(tmp_path: Path) -> N
     barriers = 2 * 8 * (apart.stages + apart.x_stages)
     assert 0 <= report.shared_bytes - operands - 2 * apart.tile_m * apart.tile_n - barriers < BARRIER_BYTES
     assert apart.symbol.endswith("_s5x4_ring")
+
+
+def test_rows_that_start_anywhere_are_loaded_by_16_bytes_and_multiplied_from_shared_memory(tmp_path: Path) -> None:
+    artifact = compile.build(SHIFT, 90, tmp_path / "cubin")
+    report = artifact.report
+    assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
+    assert report.mma == SHIFT.tile_k // 16 == report.loop_mix["matrix"] and not artifact.boxes
+    operands = SHIFT.stages * 2 * SHIFT.tile_k * (SHIFT.tile_m + SHIFT.tile_n)
+    assert 0 <= report.shared_bytes - operands - 2 * SHIFT.tile_m * SHIFT.tile_n < BARRIER_BYTES
+    assert SHIFT.symbol == "lbg_fused_f16_f16_64x64x64_w20_s3_shift_anyrows"
+    ptx = compile.to_ptx(SHIFT).ptx
+    # Of each group, twice a thread's rows of x and of weight, for its first step and for each after it.
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * 2 * 2 * (SHIFT.tile_m + SHIFT.tile_n) * 8 // 256
+    from triton import CompilationError
+
+    with pytest.raises(CompilationError, match="a float32 x has twice the words"):
+        compile.to_ptx(replace(SHIFT, x="f32"))
 
 
 def test_a_clusters_ctas_share_the_weights_load_and_end_together() -> None:

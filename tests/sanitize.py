@@ -19,7 +19,7 @@ SUMMARY = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?
 def races(output: str, role_writes: Mapping[str, int]) -> list[str]:
     """What racecheck reports, but for its one mistake about the kernels of these symbols.
 
-    The warps of a kernel of aot/hopper.py read what they are to do from a byte of shared memory. Those that multiply
+    The warps of an sm_90 kernel in Gluon read what they are to do from a byte of shared memory. Those that multiply
     write there, as they end, that all is done, and in a cluster before that, that all are to wait for the other CTA:
     behind one barrier of the whole CTA and before another, which the other warps wait at elsewhere in the program
     before they read. racecheck does not pair the two. Those writes are the last in their program and that read the

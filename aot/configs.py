@@ -178,7 +178,8 @@ GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
 # Rows of x and weight that start anywhere, with inner strides of 1 (aot/kernels.py's shifted loads): by arch, by x's
 # dtype being float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in
 # registers while the one's before are multiplied. sm_90's are the best of 18 tiles of a float16 x and of 14 of a
-# float32 one on an H100, the largest of which would spill on sm_89; and of aot/unaligned.py's.
+# float32 one on an H100, the largest of which would spill on sm_89, and aot/unaligned.py's; and 128x128 for shapes of
+# too few larger tiles (4096x512x100 from float16 to float16: 8.2 us for 11.2).
 ANY_ROWS = {
     (89, False, False): (
         Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 256, 4, 2)
@@ -189,11 +190,12 @@ ANY_ROWS = {
     (89, False, True): (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
     (89, True, True): (Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
     (90, False, False): (
-        Tile(256, 128, 32, 8, 2, 4), Tile(64, 64, 64, 20, 4, kernel="shift"),
+        Tile(256, 128, 32, 8, 2, 4), Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 20, 4, kernel="shift"),
         Tile(64, 32, 64, 20, 8, kernel="shift"), Tile(16, 32, 256, 4, 2)
     ),
     (90, True, False): (
-        Tile(128, 256, 32, 8, 2, 4), Tile(128, 64, 64, 8, 2, 2), Tile(32, 32, 128, 4, 2), Tile(16, 32, 128, 4, 2)
+        Tile(128, 256, 32, 8, 2, 4), Tile(128, 128, 32, 8, 2, 4), Tile(128, 64, 64, 8, 2, 2),
+        Tile(32, 32, 128, 4, 2), Tile(16, 32, 128, 4, 2)
     ),
 }  # fmt: skip
 # Arches whose matrix units are faster at fp16 accumulation. Elsewhere fp16_accumulate permits what would gain nothing,

@@ -55,9 +55,7 @@ class Config:
     def symbol(self) -> str:
         x = self.x if self.x == self.weight else f"{self.x}as{self.weight}"
         mode = "_acc16" if self.fp16_accumulate else ""
-        kind = {"tile": "", "async": "_async", "ring": "_ring", "ws": "_ws", "pingpong": "_pp", "shift": "_shift"}[
-            self.kernel
-        ]
+        kind = {"tile": "", "pingpong": "_pp"}.get(self.kernel, f"_{self.kernel}")
         kind = f"_c{self.cluster}{kind}" if self.cluster > 1 else kind
         kind += "" if self.out_aligned else "_anyout" if self.aligned else "_anyrows" if self.any_rows else "_any"
         stages = f"{self.stages}x{self.x_stages}" if self.x_stages else f"{self.stages}"
@@ -179,7 +177,8 @@ GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
 # dtype being float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in
 # registers while the one's before are multiplied. sm_90's are the best of 18 tiles of a float16 x and of 14 of a
 # float32 one on an H100, the largest of which would spill on sm_89, and aot/unaligned.py's; and 128x128 for shapes of
-# too few larger tiles (4096x512x100 from float16 to float16: 8.2 us for 11.2).
+# too few larger tiles (4096x512x100 from float16 to float16 took 8.2 us with it, 11.2 in a run without). No command
+# here makes those comparisons again.
 ANY_ROWS = {
     (89, False, False): (
         Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 256, 4, 2)

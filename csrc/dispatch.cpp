@@ -266,7 +266,7 @@ Pair down(Pair quotient) { return quotient - kAlmostHalf + kWholes - kWholes; }
   const Pair per_sm = last / sms;
   const Pair busy = whole * wave_us(ctas, ctas) + (rest > 0 ? share * wave_us(up(per_sm), per_sm) : both(0));
 
-  const double held = sm_count * std::min(a.l2_bytes_per_sm, b.l2_bytes_per_sm);
+  const double held = sm_count * a.l2_bytes_per_sm;  // b is of the same arch
   Pair moved = both(w.x_bytes + w.weight_bytes + w.out_bytes);
   if (w.x_bytes + w.weight_bytes > held) {
     const auto bytes = [&](const Config& c, double most) {

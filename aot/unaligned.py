@@ -8,8 +8,7 @@ aligned. So L1 and the shifts work beside the products, where aot/kernels.py's o
 
     x, weight ---16 bytes twice, registers---> shift ---> ring ---> wgmma
 
-Of up to 64 columns of weight a tile needs what one group of 8 warps can hold. More, or a float32 x, spills or takes
-longer than aot/kernels.py's larger tiles do.
+A tile has up to 64 rows and columns: a thread of a group holds its rows' words of one step, and more of them spill.
 """
 
 from triton.experimental import gluon

@@ -34,9 +34,10 @@ def extension(root: Path, folder: Path) -> Path:
     with folder.joinpath("build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file)
         # The prefix maps keep this machine's folders out of the binary; torch's may lie in root, and the last one wins.
+        # Without math-errno a square root is one instruction, and dispatch takes many.
         ninja.variable(
             "flags",
-            "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror "
+            "-std=c++20 -O2 -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra -Werror "
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -I{root}/csrc -isystem {torch_folder}/include "
             f"-ffile-prefix-map={root}=. -ffile-prefix-map={torch_folder}=torch",
         )

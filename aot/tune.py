@@ -325,23 +325,25 @@ def costs_of(record: journal.Record, made: Package, rows: evidence.Rows, before:
     beside its float16 twin's, which aot/costs.py takes for it."""
     from aot.fitting import Time, fit_all
 
-    closing = set(made.conservative.values())
+    measured_in = candidates.representative(made.arch)
+    twins = {}  # of what is shipped, the kernel that was measured
+    for config in shipped(made.arch, rows):
+        if config.row_major:
+            dtypes = measured_in[kind_of(made.arch, config.x, config.out, config.fp16_accumulate)]
+            twins[config] = replace(config, x=dtypes[0], weight=dtypes[1], out=dtypes[2]).symbol
+    # A fit is to choices: what is not shipped takes no part.
+    wanted = set(twins.values())
     times = [
         Time(*timed.sizes, symbol, us, False)
         for timed in record.timed
         for symbol, us in timed.us.items()
-        if symbol not in closing
+        if symbol in wanted
     ]
     kernels = {symbol: SimpleNamespace(**row) for symbol, row in record.head.kernels.items()}
     fitted = fit_all(SimpleNamespace(sm_count=record.head.sm_count, kernels=kernels, times=times))
     standing = before.get("kernels", {}) if before.get("gpu") == record.head.key.device else {}
-    measured_in = candidates.representative(made.arch)
     found: dict[str, Any] = {}
-    for config in shipped(made.arch, rows):
-        if not config.row_major:
-            continue
-        dtypes = measured_in[kind_of(made.arch, config.x, config.out, config.fp16_accumulate)]
-        twin = replace(config, x=dtypes[0], weight=dtypes[1], out=dtypes[2]).symbol
+    for config, twin in twins.items():
         new, old = fitted.get(twin), standing.get(config.symbol)
         if not old and config.weight == "bf16" and costs.float16_twin(config).symbol in found:
             continue
@@ -352,6 +354,8 @@ def costs_of(record: journal.Record, made: Package, rows: evidence.Rows, before:
     if all(row == standing.get(symbol) for symbol, row in found.items()):
         return {**before, "kernels": found}  # what is said of the run that they are of stays too
     head = {"measured": record.head.facts.get("date"), "gpu": record.head.key.device, "facts": record.head.facts}
+    if standing and "any_rows" in before:  # no candidates are of those, and their constants stay
+        head["any_rows"] = before["any_rows"]
     return head | {"kernels": found}
 
 

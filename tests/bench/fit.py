@@ -4,11 +4,11 @@
     python -m tests.bench.fit --validate                     on other shapes: the chosen kernel against the best one
 
 With --any-rows both are of kernels for rows that start anywhere, at sizes off 8, and the constants of the rest stay.
---times FILE keeps what was measured and --from FILE takes it instead of a GPU; --journal FILE, a tuner's of the same
-GPU, adds its times of kernels that are shipped now and were not measured then; with --validate --from, --costs FILE
-(evidence) chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for and no triton. Every
-result is checked before it is timed. Times are medians of rounds in random order, of graphs whose weights are not in
-L2.
+--times FILE keeps what was measured and --from FILE ... takes it, of one run or more, instead of a GPU; --journal FILE,
+a tuner's of the same GPU, adds its times of kernels that are shipped now and were not measured then; with --validate
+--from, --costs FILE (evidence) chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for
+and no triton. Every result is checked before it is timed. Times are medians of rounds in random order, of graphs whose
+weights are not in L2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ ODD_BENCHMARKS = (
 )  # fmt: skip
 COMMAND = "python -m tests.bench.fit --fit"
 LONGEST = 16384
+FIT_SEED, SEED = 1, 2  # of the random shapes to fit to, and of those to validate with
 POOL_ELEMENTS = LONGEST * LONGEST
 HOST_US = 150  # a first call of less is mostly the host's
 # of a check against float64: float32 accumulation over K=16384, or float16 partial sums; a wrong tile is far above
@@ -68,6 +69,12 @@ class Run:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)) + "\n")
+
+    def with_run(self, other: Run) -> Run:
+        """With another run's times besides."""
+        if (other.facts["gpu"], other.sm_count) != (self.facts["gpu"], self.sm_count):
+            raise BuildError(f"times of a {self.facts['gpu']} and of a {other.facts['gpu']}: they are no one fit's")
+        return Run(self.facts, self.sm_count, self.kernels | other.kernels, self.times + other.times)
 
     def with_journal(self, path: Path) -> Run:
         """With the times that a tuner's journal has of kernels that this run has none of; of what is shipped alone."""
@@ -303,16 +310,16 @@ def benchmarks(any_rows: bool) -> tuple[tuple[int, int, int], ...]:
     return ODD_BENCHMARKS if any_rows else BENCHMARKS
 
 
-def fit_cases(classes: list[Class], count: int, any_rows: bool = False) -> list[Case]:
+def fit_cases(classes: list[Class], count: int, seed: int = FIT_SEED, any_rows: bool = False) -> list[Case]:
     """Of float16 weights: bfloat16 kernels run the same instructions, and dispatch gives them the same constants."""
-    shapes = [*benchmarks(any_rows), *random_shapes(count, 1, any_rows)]
+    shapes = [*benchmarks(any_rows), *random_shapes(count, seed, any_rows)]
     return [cases.of_class(Case(*shape), kind) for kind in classes if kind[1] is torch.float16 for shape in shapes]
 
 
-def validation_cases(classes: list[Class], count: int, any_rows: bool = False) -> list[Case]:
+def validation_cases(classes: list[Class], count: int, seed: int = SEED, any_rows: bool = False) -> list[Case]:
     """The benchmark shapes in every class; random ones, other than the fit's, class by class in turn."""
     known = [cases.of_class(Case(*shape), kind) for kind in classes for shape in benchmarks(any_rows)]
-    drawn = random_shapes(count, 2, any_rows)
+    drawn = random_shapes(count, seed, any_rows)
     return known + [cases.of_class(Case(*shape), classes[i % len(classes)]) for i, shape in enumerate(drawn)]
 
 
@@ -391,21 +398,24 @@ def main() -> None:
     what.add_argument("--validate", action="store_true", help="tell how far the choices are from the best")
     parser.add_argument("--any-rows", action="store_true", help="kernels for rows that start anywhere, not the others")
     parser.add_argument("--times", type=Path, help="where to keep what is measured")
-    parser.add_argument("--from", type=Path, dest="source", metavar="TIMES", help="take these times: needs no GPU")
+    parser.add_argument("--from", type=Path, dest="source", metavar="TIMES", nargs="+",
+                        help="take these times, of one GPU: needs none")  # fmt: skip
     parser.add_argument("--journal", type=Path, help="a tuner's, for kernels that have no times yet")
     parser.add_argument("--costs", type=Path, help="choose by these constants instead of the wheel's")
     parser.add_argument("--count", type=int, help="random shapes: 200 of each class to fit, or 200 in all to validate")
+    parser.add_argument("--seed", type=int, help=f"of the random shapes: {FIT_SEED} to fit, {SEED} to validate")
     parser.add_argument("--json", type=Path, help="where to write how far the choices are from the best")
     parser.add_argument("--commit", help="of the wheel, where the folder is no git checkout, or another's")
     arguments = parser.parse_args()
     if arguments.source:
-        run = Run.load(arguments.source).of_shipped()
+        run = reduce(Run.with_run, map(Run.load, arguments.source)).of_shipped()
     else:
         kernels = shipped_here()
         classes = own_classes(kernels, bool(lbg._C.gpu(torch.cuda.current_device())[4]))
-        draw = fit_cases if arguments.fit else validation_cases
+        draw, seed = (fit_cases, FIT_SEED) if arguments.fit else (validation_cases, SEED)
         with torch.inference_mode():
-            wanted = draw(classes, arguments.count or 200, arguments.any_rows)
+            seed = seed if arguments.seed is None else arguments.seed
+            wanted = draw(classes, arguments.count or 200, seed, arguments.any_rows)
             run = measure_all(kernels, wanted, arguments.commit)
     if arguments.times:
         run.save(arguments.times)
@@ -415,11 +425,11 @@ def main() -> None:
     if arguments.fit:
         if strange := [symbol for symbol, config in run.kernels.items() if config.compiled_arch != config.arch]:
             raise RuntimeError(f"{strange[0]} is a verification build's: its times are no GPU's that it is shipped for")
-        fitted = fit_all(run)
-        sources = (("--from", arguments.source), ("--journal", arguments.journal))
-        flags = ["--any-rows"] if arguments.any_rows else []
-        command = " ".join([COMMAND, str(arguments.fit), *flags, *(f"{flag} {path}" for flag, path in sources if path)])
-        head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": command}
+        fitted = fit_all(run, benchmarks(arguments.any_rows))
+        sources = (("--from", arguments.source or []), ("--journal", [arguments.journal] if arguments.journal else []))
+        command = [COMMAND, str(arguments.fit), *(["--any-rows"] if arguments.any_rows else [])]
+        command += [" ".join([flag, *map(str, paths)]) for flag, paths in sources if paths]
+        head = {"measured": run.facts["date"], "gpu": run.facts["gpu"], "command": " ".join(command)}
         write_costs(arguments.fit, run, head | {"facts": run.facts, "kernels": fitted}, arguments.any_rows)
         print(f"{len(fitted)} of {len(run.kernels)} kernels fitted: rms and worst relative error")
         for symbol, row in fitted.items():

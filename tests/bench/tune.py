@@ -31,7 +31,7 @@ from tests.bench.records import Shape
 from tests.cases import Case
 
 SHORT = {name: dtype for dtype, name in NAMES.items()}
-RANDOM_SHAPES = 40
+RANDOM_SHAPES = 120
 SEED = 3  # other shapes than those that tests.bench.fit fits and validates on
 SECONDS_BETWEEN_LINES = 5
 # N, of these, is taken off by one for kernels that store to any address: rows of the result then start anywhere.

@@ -257,7 +257,8 @@ def choose_better(
 
 
 def by_shape(run: Run) -> list[list[Time]]:
-    """The times of one shape and class together. Of a kernel that serves two classes, the shorter of its two times."""
+    """The times of one shape and class together: of a kernel that serves two classes, or that two runs timed, the
+    shorter one."""
     groups: dict[tuple[object, ...], dict[str, Time]] = {}
     for time in run.times:
         config = run.kernels[time.symbol]

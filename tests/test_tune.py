@@ -264,6 +264,11 @@ def test_constants_of_more_shapes_stay_and_so_does_what_is_said_of_them(tmp_path
     assert "command" not in first and first["kernels"]
     more = {symbol: row | {"shapes": 1000} for symbol, row in first["kernels"].items()}
     assert tune.costs_of(record, made, rows, before | {"kernels": more}) == before | {"kernels": more}
+    # Of a new kernel the run tells; what was said of rows that start anywhere, which it has not, stays beside.
+    _, *less = more
+    before |= {"any_rows": {"command": "another"}, "kernels": {symbol: more[symbol] for symbol in less}}
+    found = tune.costs_of(record, made, rows, before)
+    assert "command" not in found and found["any_rows"] == {"command": "another"} and len(found["kernels"]) > len(less)
 
 
 def test_a_verification_build_is_chosen_by_predictions_and_says_so(
@@ -492,10 +497,26 @@ def test_a_fit_takes_from_a_journal_what_it_has_no_times_of(tmp_path: Path) -> N
         replace(run, facts={"gpu": "H200"}).with_journal(path)
 
 
+def test_a_fit_takes_the_times_of_several_runs_of_one_gpu() -> None:
+    first, second = [config for config in CONFIGS if config.arch == 90 and config.aligned][:2]
+    runs = [
+        fit.Run({"gpu": "H100", "date": date}, 132, {config.symbol: fit.lbg.Config(**kernel(config))},
+                [fit.Time(16, 64, 128, config.symbol, us, False)])
+        for config, date, us in ((first, "today", 4.0), (second, "later", 5.0), (first, "last", 3.5))
+    ]  # fmt: skip
+    found = runs[0].with_run(runs[1]).with_run(runs[2])
+    assert found.facts["date"] == "today" and set(found.kernels) == {first.symbol, second.symbol}
+    assert [time.us for time in found.times] == [4.0, 5.0, 3.5]
+    ((one, other),) = fit.by_shape(found)
+    assert (one.us, other.us) == (3.5, 5.0)  # what is timed twice goes by the shorter time
+    with pytest.raises(BuildError, match="times of a H100 and of a H200"):
+        runs[0].with_run(replace(runs[1], facts={"gpu": "H200"}))
+
+
 def test_a_fit_keeps_the_constants_that_it_has_no_times_for(tmp_path: Path) -> None:
     path, shipped = tmp_path / "evidence.json", evidence.read(90)["tune"]["costs"]
-    first, *_, last = shipped["kernels"]
-    assert last.endswith("_anyrows") and not first.endswith("_anyrows")
+    first, last = (next(symbol for symbol in shipped["kernels"] if symbol.endswith("_anyrows") == any_rows)
+                   for any_rows in (False, True))  # fmt: skip
     rows = {config.symbol: fit.lbg.Config(**kernel(config)) for config in CONFIGS if config.arch == 90}
     run = fit.Run({}, 132, rows, [])
     for symbol, any_rows in ((first, False), (last, True)):

@@ -311,9 +311,8 @@ def benchmarks(any_rows: bool) -> tuple[tuple[int, int, int], ...]:
 
 
 def fit_cases(classes: list[Class], count: int, seed: int = FIT_SEED, any_rows: bool = False) -> list[Case]:
-    """Of float16 weights: bfloat16 kernels run the same instructions, and dispatch gives them the same constants."""
     shapes = [*benchmarks(any_rows), *random_shapes(count, seed, any_rows)]
-    return [cases.of_class(Case(*shape), kind) for kind in classes if kind[1] is torch.float16 for shape in shapes]
+    return [cases.of_class(Case(*shape), kind) for kind in classes for shape in shapes]
 
 
 def validation_cases(classes: list[Class], count: int, seed: int = SEED, any_rows: bool = False) -> list[Case]:
@@ -403,6 +402,7 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, help="a tuner's, for kernels that have no times yet")
     parser.add_argument("--costs", type=Path, help="choose by these constants instead of the wheel's")
     parser.add_argument("--count", type=int, help="random shapes: 200 of each class to fit, or 200 in all to validate")
+    parser.add_argument("--weight", choices=["float16", "bfloat16"], help="classes of such a weight alone")
     parser.add_argument("--seed", type=int, help=f"of the random shapes: {FIT_SEED} to fit, {SEED} to validate")
     parser.add_argument("--json", type=Path, help="where to write how far the choices are from the best")
     parser.add_argument("--commit", help="of the wheel, where the folder is no git checkout, or another's")
@@ -412,6 +412,8 @@ def main() -> None:
     else:
         kernels = shipped_here()
         classes = own_classes(kernels, bool(lbg._C.gpu(torch.cuda.current_device())[4]))
+        if arguments.weight:
+            classes = [kind for kind in classes if kind[1] is getattr(torch, arguments.weight)]
         draw, seed = (fit_cases, FIT_SEED) if arguments.fit else (validation_cases, SEED)
         with torch.inference_mode():
             seed = seed if arguments.seed is None else arguments.seed

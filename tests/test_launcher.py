@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import lbg
-from aot import rules
+from aot import fitting, rules
 from aot.chips import is_full_rate
 from tests import cases
 from tests.bench import fit
@@ -715,7 +715,7 @@ def test_a_predicted_time_is_the_one_that_the_fit_assumes(
                 assert candidate.why_not or candidate.predicted_us == pytest.approx(wanted[0], rel=1e-4), candidate
 
 
-def test_the_fit_finds_the_constants_behind_times() -> None:
+def test_the_fit_finds_the_constants_behind_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels whose times are the formula's, with 2 % of noise, under constants that are not the shipped ones."""
     drawn = random.Random(0)
     kernels = {c.symbol: c for c in lbg.configs() if (c.arch, c.x, c.out) == (89, "float16", "float16")
@@ -730,10 +730,13 @@ def test_the_fit_finds_the_constants_behind_times() -> None:
     measured = [fit.Time(*map(int, shape), s, times[s][i] * drawn.uniform(0.98, 1.02), False)
                 for i, shape in enumerate(shapes) for s in kernels]  # fmt: skip
     run = fit.Run({}, 128, kernels, measured)
-    fitted = fit.fit_all(run)
-    assert set(fitted) == set(kernels) and all(row["rms"] < 0.03 for row in fitted.values()), fitted
-    off = fit.summary(fit.regrets(run, fit.all_costs(run, fitted)))
-    assert off["p95"] < 0.03 and off["worst"] < 0.08, off
+    # Each alone; and then together, which may give some of a time's accuracy for a choice's.
+    for steps, most_rms in ((0, 0.03), (fitting.STEPS, 0.08)):
+        monkeypatch.setattr("aot.fitting.STEPS", steps)
+        fitted = fit.fit_all(run)
+        assert set(fitted) == set(kernels) and all(row["rms"] < most_rms for row in fitted.values()), fitted
+        off = fit.summary(fit.regrets(run, fit.all_costs(run, fitted)))
+        assert off["p95"] < 0.03 and off["worst"] < 0.08, off
 
 
 def test_a_fit_to_choices_loses_less_than_each_kernel_fitted_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,11 +78,11 @@ ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 TIE = 0.05  # what it costs to move a constant by all of itself, beside errors of 1 of a time
 FIRM_TIE = 4.0
 USUAL = 0.1  # a relative error of the formula
-# Of choose_better(). No command here makes the comparisons of choose_better()'s docstring again; ALIKE of 0.015 to 0.03
-# and TIMES_COUNT of 0.1 to 1 changed little in them.
+# Of choose_better(). No command here makes the comparisons of its docstring again. In such ones ALIKE of 0.015 and
+# TIMES_COUNT of 0.1 changed little, a TIMES_COUNT of 1 chose worse, and TELLING of 30 no better than 10.
 ALIKE = 0.02  # predicted times so far apart, relatively, are about as often the wrong way round as not
 MOST_LOST = 0.5  # a choice that loses more is no worse: such a shape is one that the formula does not know
-TELLING = 10
+TELLING = 10  # times that a choice at a shape which people ask about counts
 TIMES_COUNT = 0.3  # errors of times, squared, beside what choices lose
 STEPS, RATE = 300, 0.01  # Adam's
 LEAST_US = 1e-3  # a constant below is as good as 0, and has a logarithm
@@ -292,9 +292,10 @@ def fit_all(run: Run, telling: Collection[tuple[int, int, int]] = ()) -> dict[st
         kind = (config.x, config.weight, config.out, config.fp16_accumulate, reliance(config))
         rivals.setdefault(kind, {})[symbol] = every
     for some in rivals.values():
-        places = {size: i for i, size in enumerate({(t.m, t.n, t.k): 0 for times in some.values() for t in times})}
-        counts = np.array([TELLING if size in telling else 1 for size in places])
-        kernels = [timed(run.kernels[symbol], times, run.sm_count, places) for symbol, times in some.items()]
+        sizes = dict.fromkeys((t.m, t.n, t.k) for times in some.values() for t in times)
+        rows = {size: row for row, size in enumerate(sizes)}
+        counts = np.array([TELLING if size in telling else 1 for size in rows])
+        kernels = [timed(run.kernels[symbol], times, run.sm_count, rows) for symbol, times in some.items()]
         linear |= zip(some, choose_better(kernels, [linear[symbol] for symbol in some], counts, run.sm_count))
     found: dict[str, dict[str, Any]] = {}
     for symbol, times in heeded.items():
@@ -310,7 +311,7 @@ def fit_all(run: Run, telling: Collection[tuple[int, int, int]] = ()) -> dict[st
     return found
 
 
-def timed(config: Kernel, times: Sequence[Time], sm_count: int, places: Mapping[tuple[int, int, int], int]) -> Timed:
+def timed(config: Kernel, times: Sequence[Time], sm_count: int, rows: Mapping[tuple[int, int, int], int]) -> Timed:
     shapes, us = np.array([(t.m, t.n, t.k) for t in times]), np.array([t.us for t in times])
-    at = np.array([places.get((t.m, t.n, t.k), 0) for t in times])
+    at = np.array([rows.get((t.m, t.n, t.k), 0) for t in times])
     return Timed(config, at, shapes, us, late(config, shapes, sm_count) + np.zeros_like(us))

@@ -321,8 +321,8 @@ def _tile_fields(tile: Tile) -> dict[str, Any]:
 
 def costs_of(record: journal.Record, made: Package, rows: evidence.Rows, before: Mapping[str, Any]) -> dict[str, Any]:
     """The cost constants by symbol. A kernel that was fitted on as many shapes before keeps its own; others take the
-    fit of this run, and other classes of a kind that of the one which was measured (`of`). A bfloat16 kernel has none
-    beside its float16 twin's, which aot/costs.py takes for it."""
+    fit of this run, and other classes of a kind that of the one which was measured (`of`). A bfloat16 kernel that has
+    none of its own gets none: aot/costs.py takes its float16 twin's."""
     from aot.fitting import Time, fit_all
 
     measured_in = candidates.representative(made.arch)

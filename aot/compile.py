@@ -185,9 +185,9 @@ def tma_signature(
             out_type = tensor_map(config.out, rows, config.tile_n // config.epilogue_parts, True)
     cuts = config.pieces > 1
     piece = tensor_map(config.weight, config.tile_n // config.pieces, config.tile_k) if cuts else "constexpr"
+    x_columns = config.tile_k if ws else 128 // ELEMENT_BYTES[config.x]  # a ring's are as wide as a swizzle
     types = {
-        # The ring kernel loads an operand 128 bytes wide, a swizzle's width.
-        "x": tensor_map(config.x, config.cta_rows, config.tile_k if ws else 128 // ELEMENT_BYTES[config.x], True),
+        "x": tensor_map(config.x, config.tile_m // config.x_boxes, x_columns, True),
         "weight": tensor_map(config.weight, config.tile_n, config.tile_k if ws else 64),
         **({"weight_piece": piece} if ws else {}),
         "scale_ptr": "*fp32",

@@ -102,12 +102,14 @@ class Config:
     @property
     def program_warps(self) -> int:
         """Warps that run an instruction of the part that multiplies and stores."""
-        return 4 if self.persistent or self.kernel == "shift" else self.warps - 4 * (self.kernel == "ring")
+        if self.persistent:
+            return 8 // self.consumers
+        return 4 if self.kernel == "shift" else self.warps - 4 * (self.kernel == "ring")
 
     @property
     def consumers(self) -> int:
         """Groups of such warps, each with a program of its own."""
-        return 2 if self.persistent else 1
+        return 2 if self.kernel == "pingpong" or (self.kernel == "ws" and self.x != self.weight) else 1
 
     @property
     def cta_rows(self) -> int:
@@ -115,9 +117,14 @@ class Config:
         return self.tile_m // self.cluster
 
     @property
+    def x_boxes(self) -> int:
+        """ws: loads of a step's x. In a cluster each consumer has its own, half of whose rows are each CTA's."""
+        return self.consumers if self.cluster > 1 else 1
+
+    @property
     def multiplying_warps(self) -> int:
         """Warps of a CTA that share a tile."""
-        return self.program_warps * (2 if self.kernel == "ws" else 1)
+        return self.program_warps * (self.consumers if self.kernel == "ws" else 1)
 
     @property
     def consumer_rows(self) -> int:

@@ -114,10 +114,12 @@ def test_every_launch_is_right(start: Start) -> None:
         strides = [3, 700, 5, 900, 2, 4, 7, 1100]
         if config.row_major:
             strides = [4160, 4112, 352] if config.aligned else [4163, 4117, 355]
-        grid = -(-m // config.tile_m) * -(-n // config.tile_n)
+        rows, columns = -(-m // config.tile_m), -(-n // config.tile_n)
+        grid = rows * columns
         if config.persistent:
             at_once = config.ctas_per_sm * 132 // config.cluster
-            grid = min(grid * rules.cut(config, grid, at_once), at_once)
+            narrow = rows if config.pieces == 4 and 0 < n % config.tile_n <= config.tile_n // 2 else 0
+            grid = min((grid - narrow) * rules.cut(config, grid - narrow, at_once) + narrow, at_once)
         grid *= config.cluster
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
@@ -175,7 +177,7 @@ show(texts)""", gpus=HOPPER)  # fmt: skip
         wanted = {
             0x10000: ([4096, 16384], [4096 * bytes], {128}),
             0x20000: ([4096, 4096], [8192], {256, 128, 64}),  # a tile's, of half of one, of a quarter
-            0x50000: ([4096, 16384], [4096 * bytes], {64}),
+            0x50000: ([4096, 16384], [4096 * bytes], {128, 64}),  # of a tile, or of half of its rows
         }
         for data, (sizes, strides, rows) in wanted.items():
             if (dtype, data) == (7, 0x20000):
@@ -705,6 +707,7 @@ def test_a_predicted_time_is_the_one_that_the_fit_assumes(
     x: torch.dtype, weight: torch.dtype, out: torch.dtype, fp16_accumulate: bool
 ) -> None:
     for m, n, k in ((1, 64, 16), (5, 4096, 520), (40, 1000, 4096), (1000, 520, 4104), (16384, 4096, 4096),
+                    (4096, 4104, 4096), (2000, 1150, 512),
                     (3000, 16384, 64), (129, 8, 16384)):  # fmt: skip
         tensors = torch.empty(m, k, dtype=x, device="meta"), torch.empty(n, k, dtype=weight, device="meta")
         for arch, sm_count in ((89, 20), (90, 132)):

@@ -55,7 +55,8 @@ def call(case: Case, arguments: cases.Arguments) -> Tensor:
 
 def runs(config: lbg.Config, case: Case, arguments: cases.Arguments) -> bool:
     """Whether the kernel takes the case; every generic one takes all."""
-    if 0 in (case.m, case.n):
+    dtypes = DTYPE[config.x], DTYPE[config.weight], DTYPE[config.out]
+    if 0 in (case.m, case.n) or dtypes != (case.x, case.weight, case.out):
         return False
     x, weight, *_ = arguments
     with lbg.override(config.symbol):  # without it a GPU of full rate has no kernel for fp16_accumulate

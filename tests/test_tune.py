@@ -525,6 +525,7 @@ def test_a_fit_keeps_the_constants_that_it_has_no_times_for(tmp_path: Path) -> N
         found = evidence.read(90, path)["tune"]["costs"]
         assert set(found["kernels"]) == set(shipped["kernels"]) and found["kernels"][symbol] == {"shapes": 1}, symbol
         assert (found["any_rows"]["measured"] == "today") == any_rows and found["measured"] == "today", symbol
+        assert "since" in shipped and "since" not in found, symbol  # what was changed by hand after the times
     with pytest.raises(BuildError, match=r"has constants of a .*, these are of a H200"):
         fit.write_costs(path, run, {"gpu": "H200", "kernels": {}}, True)
     fit.write_costs(path, run, {"gpu": "H200", "kernels": {first: {"shapes": 2}}})

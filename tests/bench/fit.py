@@ -383,7 +383,8 @@ def write_costs(path: Path, run: Run, costs: dict[str, Any], any_rows: bool = Fa
     if standing.get("gpu") == costs["gpu"]:
         kept = {symbol: row for symbol, row in standing["kernels"].items() if symbol in run.kernels}
         said = {key: value for key, value in costs.items() if key != "kernels"}
-        said = {**standing, "any_rows": said} if any_rows else {**standing, **said}
+        before = {key: value for key, value in standing.items() if key != "since"}  # of what this fit replaces
+        said = {**standing, "any_rows": said} if any_rows else {**before, **said}
         costs = said | {"kernels": kept | costs["kernels"]}
     elif any_rows and standing:
         raise BuildError(f"{path} has constants of a {standing['gpu']}, these are of a {costs['gpu']}")

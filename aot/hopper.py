@@ -929,8 +929,6 @@ def finish(WHO: gl.constexpr, acc, done, first_m, first_n, result, rings, tiling
     for part in gl.static_range(PARTS):
         first = first_n + part * COLUMNS
         scale, shift = column_vectors(rings, slot, part * COLUMNS)
-        if part == PARTS - 1:
-            mbarrier.arrive(rings.vectors_empty.index(slot))
         acc_part = gl.convert_layout(parts[part], PART, assert_trivial=True)
         y = relu_gelu(acc_part * gl.expand_dims(scale, 0) + gl.expand_dims(shift, 0), rings.out.dtype)
         if rings.x.dtype != rings.weight.dtype:
@@ -949,3 +947,5 @@ def finish(WHO: gl.constexpr, acc, done, first_m, first_n, result, rings, tiling
             inside = gl.expand_dims(m < tiling.M, 1) & gl.expand_dims(n < tiling.N, 0)
             line = gl.expand_dims(m.to(gl.int64) * stride_om, 1)
             gl.store(out + line + gl.expand_dims(n, 0), buffer.load(LINES), mask=inside)
+    # No sooner: an arrival does not wait for loads that are on their way, and what was stored has had its vectors.
+    mbarrier.arrive(rings.vectors_empty.index(slot))

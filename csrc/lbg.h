@@ -142,9 +142,8 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //                  of a wave of c tiles, q of them on the fullest of the SMs, or of the clusters of SMs that share a
 //                  tile
 //   busy         = the sum over all waves, the last one partial, of wave_us + K steps * step(c); of a last one whose
-//                  tiles are cut into pieces, kShared + (1 - kShared) / pieces of that (what a kernel saves that
-//                  computes but a piece of tiles whose other columns lie beyond N is left out: choices were no better
-//                  for it)
+//                  tiles are cut into pieces, kShared + (1 - kShared) / pieces of that (what it saves that last columns
+//                  are computed as pieces is left out: choices were no better for it)
 //   memory       = (x reads * bytes of x + weight reads * bytes of weight + bytes of the result)
 //                  / (sm_count * dram_bytes_per_us)
 //   predicted_us = launch_us + (busy^4 + memory^4)^(1/4)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@cache
 def configs() -> tuple[Config, ...]:
     """Every shipped kernel, in the order in which dispatch considers them."""
     return tuple(Config(**row) for row in json.loads(extension.configs()))

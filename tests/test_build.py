@@ -109,7 +109,7 @@ def test_a_kernel_that_stores_in_its_loop(tmp_path: Path, kernels: Callable[...,
 
 WS_STORE = "            tma.async_store(out, [first_m, first], buffer)\n"
 WS_STEP = "            release(rings, step - 1)\n            step += 1\n"
-WS_STEP_STORE = "            tma.async_store(result[0], [first_m, first_n], rings.out.index(WHO))\n"
+WS_STEP_STORE = "            tma.async_store(result[0], [step, step], rings.out.index(WHO))\n"
 RING_STEP = "        mbarrier.arrive(x.empty.index(last), pred=k > 0)\n"
 
 
@@ -118,14 +118,15 @@ RING_STEP = "        mbarrier.arrive(x.empty.index(last), pred=k > 0)\n"
     [
         (WS, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
         (PINGPONG, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
+        (WS, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.66667 stores per output element, 1 inside a loop"),
         # once for each consumer's program
-        (WS, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.66667 stores per output element, 2 inside a loop"),
+        (PINGPONG, [(WS_STEP, WS_STEP + WS_STEP_STORE)], r"1\.\d+ stores per output element, 2 inside a loop"),
         (RING, [("= products(x, weight, zeros, K)", "= products(x, weight, zeros, K, out_ptr)"),
                 ("def products(x, weight, zeros, K)", "def products(x, weight, zeros, K, out_ptr)"),
                 (RING_STEP, RING_STEP + "        gl.store(out_ptr + k, 0.0)\n")],
          r"1\.\d+ stores per output element, 1 inside"),
     ],
-    ids=["ws twice", "pingpong twice", "ws in its loop", "ring in its loop"],
+    ids=["ws twice", "pingpong twice", "ws in its loop", "pingpong in its loops", "ring in its loop"],
 )  # fmt: skip
 def test_a_hopper_kernel_that_stores_more_than_once(
     tmp_path: Path, kernels: Callable[..., None], config: Config, changes: list[tuple[str, str]], told: str
@@ -154,9 +155,11 @@ def test_a_chunk_of_fp16_accumulate_may_take_several_steps(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("change", [{"out": "f32"}, {"out_aligned": False}, {"x": "f32", "stages": 3}], ids=str)
 def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
-    # ws: two consumers, each with a loop and a step beside it, once for tiles and once for halves; pingpong without
-    # halves, of twice the rows; ring has a step beside the loop of a float32 x alone
-    wanted = {WS: 32, PAIR: 32, PINGPONG: 32, RING: 8 if "x" in change else 4}
+    # ws: a loop and a step beside it, once for tiles and once for halves, in one program or, of a float32 x, in one for
+    # each of two consumers; pingpong has two, without halves, of twice the rows; ring has a step beside the loop of a
+    # float32 x alone
+    shared = 32 if "x" in change else 16
+    wanted = {WS: shared, PAIR: shared, PINGPONG: 32, RING: 8 if "x" in change else 4}
     if "out_aligned" in change:
         del wanted[PINGPONG]  # spills: no tile that stores to any address is one
     for config, mma in wanted.items():
@@ -193,12 +196,21 @@ def test_rows_that_start_anywhere_are_loaded_by_16_bytes_and_multiplied_from_sha
         compile.to_ptx(replace(SHIFT, x="f32"))
 
 
-def test_a_clusters_ctas_share_the_weights_load_and_end_together() -> None:
-    compiled = compile.to_ptx(PAIR)
-    boxes = {"x": (64, 64, 3), "weight": (128, 64, 3), "weight_piece": (64, 64, 3), "out": (64, 64, 3)}
+@pytest.mark.parametrize(
+    ("change", "rows", "columns"),
+    [({}, 128, 64), ({"x": "f32"}, 64, 32)],  # of a float32 x each consumer's half, 128 bytes at a time
+    ids=["float16 x", "float32 x"],
+)
+def test_a_clusters_ctas_share_the_weights_load_and_end_together(
+    change: dict[str, Any], rows: int, columns: int
+) -> None:
+    compiled = compile.to_ptx(replace(PAIR, **change))
+    boxes = {"x": (rows, columns, 3), "weight": (128, 64, 3), "weight_piece": (64, 64, 3), "out": (rows, 64, 3)}
     assert compiled.boxes == boxes  # of a CTA
     loads = re.findall(r"cp\.async\.bulk\.tensor\S+\.global\.mbarrier\S*", compiled.ptx)
-    assert len(loads) == 2 * 3 and sum("multicast" in load for load in loads) == 2, loads  # of tiles and of halves
+    of_x = 128 // rows * (64 // columns)
+    # of tiles and of halves
+    assert len(loads) == 2 * (of_x + 1) and sum("multicast" in load for load in loads) == 2, loads
     # An arrival at the barrier of a CTA that has ended would be an error.
     ended = re.findall(r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;", compiled.ptx)
     assert len(ended) == 2, ended  # of the warps that multiply, of the others
@@ -392,7 +404,7 @@ def test_a_hopper_kernels_parameters_are_those_that_its_launcher_passes(tmp_path
     vectors = ("scale_ptr", "shift_ptr")
     assert artifact.arguments == ("x", "weight", *piece, *vectors, out, "M", "N", "K", "stride_om", *more)
     # 128 bytes each, whose swizzle has number 3
-    boxes = {"x": (128, 64, 3), "weight": (128, 64, 3), "weight_piece": (64, 64, 3), "out": (64, 64, 3)}
+    boxes = {"x": (128, 64, 3), "weight": (128, 64, 3), "weight_piece": (64, 64, 3), "out": (128, 64, 3)}
     assert artifact.boxes == (boxes if config is WS else {"x": (64, 64, 3), "weight": (64, 64, 3)})
     entry = re.search(r"\.entry \w+\((.*?)\)", compile.to_ptx(config).ptx, re.DOTALL)
     assert entry

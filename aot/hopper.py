@@ -434,7 +434,7 @@ class Tiling:
     TILE_M: gl.constexpr
     TILE_N: gl.constexpr
     TILE_K: gl.constexpr
-    IN_TURN: gl.constexpr  # consumers take whole tiles by turns; else each has half of every tile's rows
+    IN_TURN: gl.constexpr  # consumers take whole tiles by turns; else they share each, or one consumer has all
     PIECES: gl.constexpr  # that a tile may be cut into: aot/configs.py's, and so the launcher's
 
     @gluon.jit
@@ -454,11 +454,12 @@ class Tiling:
 
     @gluon.jit
     def columns(self):
-        """Of whole tiles."""
+        """Columns of whole tiles."""
         return gl.where(self.narrow() > 1, self.N // self.TILE_N, gl.cdiv(self.N, self.TILE_N))
 
     @gluon.jit
     def count(self):
+        """Whole tiles."""
         return gl.cdiv(self.M, self.TILE_M) * self.columns()
 
     @gluon.jit

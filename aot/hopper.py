@@ -20,7 +20,8 @@ The tiles that are left for a last wave would keep few SMs busy, each for as lon
 share a tile, these are cut into two or four pieces side by side, if all the pieces have a place in that wave. And a
 kernel that cuts quarters computes last columns that need but a quarter or half of a tile as such pieces, in the CTAs
 that the last wave leaves without a tile, if those have the time: 4096x4104x4096 took 194.5 us for 207.6. Which elements
-are computed together has no part in their bits.
+are computed together has no part in their bits. (These times, and those in lbg_fused_ws, are of builds with either,
+which no command here makes again.)
 
 Two CTAs of lbg_fused_ws may be a cluster: its tile is twice as high, each computes half of the rows, and both get the
 weight from one load. That is for rows that start off 32 bytes, whose every 128 bytes lie in five sectors of L2: L2 then
@@ -547,6 +548,10 @@ class Rings:
     both_empty: gl.shared_memory_descriptor  # of a cluster: the first CTA's, where the consumers of both arrive
     X_BOXES: gl.constexpr  # in a slot of x
 
+    @gluon.jit
+    def scale_and_shift(self, slot):
+        return self.vectors.index(2 * slot), self.vectors.index(2 * slot + 1)
+
 
 @gluon.jit
 def stage_of(step, ring):
@@ -598,7 +603,8 @@ def lbg_fused_ws(
     # Each block of a tile's columns needs its part of scale and shift, for which it would wait if it read it from L2:
     # on an H100 16384x4096x4096 takes 866.9 us for 880.9, 1024x4096x4096 54.1 for 55.6.
     TILES: gl.constexpr = 2 if IN_TURN else 1
-    vectors = gl.allocate_shared_memory(gl.float32, [TILES * 2, TILE_N], vector_layout(gl.num_ctas()))
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=whole_vector(gl.num_ctas()))
+    vectors = gl.allocate_shared_memory(gl.float32, [TILES * 2, TILE_N], VECTOR)
     vectors_full, vectors_empty = allocate_barriers(TILES, LANES, SHARED_BY)
     turn = full
     if IN_TURN:
@@ -632,7 +638,7 @@ def lbg_fused_ws(
             [
                 (consume, (0, result, rings, tiling, OUT_BY_TMA)),
                 (consume, (1, result, rings, tiling, OUT_BY_TMA)),
-                (load, (x, weight, weight_piece, scale_ptr, shift_ptr, rings, tiling)),
+                (load, (x, weight, weight_piece, (scale_ptr, shift_ptr), rings, tiling)),
             ],
             worker_num_warps=[4, 1],
             worker_num_regs=[240, 24],
@@ -641,7 +647,7 @@ def lbg_fused_ws(
         gl.warp_specialize(
             [
                 (consume, (0, result, rings, tiling, OUT_BY_TMA)),
-                (load, (x, weight, weight_piece, scale_ptr, shift_ptr, rings, tiling)),
+                (load, (x, weight, weight_piece, (scale_ptr, shift_ptr), rings, tiling)),
             ],
             worker_num_warps=[1],
             worker_num_regs=[24],
@@ -649,9 +655,9 @@ def lbg_fused_ws(
 
 
 @gluon.constexpr_function
-def vector_layout(ctas):
-    """A vector of float32 as it is in memory, whole in each CTA of a cluster."""
-    return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=[] if ctas == 1 else [[0]])
+def whole_vector(ctas):
+    """Layouts' cga_layout of a vector that each CTA of a cluster has whole."""
+    return {1: [], 2: [[0]]}[ctas]
 
 
 @gluon.constexpr_function
@@ -661,30 +667,29 @@ def split_rows(ctas):
 
 
 @gluon.jit
-def load(x, weight, weight_piece, scale_ptr, shift_ptr, rings, tiling):
+def load(x, weight, weight_piece, vectors, rings, tiling):
     step = 0
     done = 0
     for tile in range(gl.program_id(0), tiling.whole(), gl.num_programs(0)):
-        step = load_tile(x, weight, tile, 0, step, rings, tiling, tiling.TILE_N)
-        load_vectors(scale_ptr, shift_ptr, tile, 0, done, rings, tiling, tiling.TILE_N)
+        step = load_tile(x, weight, vectors, tile, 0, step, done, rings, tiling, tiling.TILE_N)
         done += 1
     for pieces in gl.static_range(2, tiling.PIECES + 1, 2):
         begin, end = tiling.share(pieces)
         if tiling.PIECES == 4:
             for number in range(begin, end):
                 tile, nth = tiling.piece(number, pieces)
-                step = load_tile(x, weight_piece, tile, nth, step, rings, tiling, tiling.TILE_N // pieces)
-                load_vectors(scale_ptr, shift_ptr, tile, nth, done, rings, tiling, tiling.TILE_N // pieces)
+                step = load_tile(
+                    x, weight_piece, vectors, tile, nth, step, done, rings, tiling, tiling.TILE_N // pieces
+                )
                 done += 1
         elif begin == 0:
             tile, nth = tiling.piece(0, pieces)
-            load_tile(x, weight_piece, tile, nth, step, rings, tiling, tiling.TILE_N // pieces)
-            load_vectors(scale_ptr, shift_ptr, tile, nth, done, rings, tiling, tiling.TILE_N // pieces)
+            load_tile(x, weight_piece, vectors, tile, nth, step, done, rings, tiling, tiling.TILE_N // pieces)
 
 
 @gluon.jit
-def load_tile(x, weight, tile, piece, step, rings, tiling, COLUMNS: gl.constexpr):
-    """Brings the operands of a tile, or of a piece of COLUMNS, in; the ring's next step."""
+def load_tile(x, weight, vectors, tile, piece, step, done, rings, tiling, COLUMNS: gl.constexpr):
+    """Brings the operands of a tile, or of a piece of COLUMNS, in, after `done` others; the ring's next step."""
     # What lies past the end of K is read as 0, and so are rows of a matrix smaller than a tile, which are not stored:
     # there is no tail and no mask.
     WIDE: gl.constexpr = x.dtype != weight.dtype
@@ -702,20 +707,21 @@ def load_tile(x, weight, tile, piece, step, rings, tiling, COLUMNS: gl.constexpr
             load_x(x, first_m, k, full, rings, stage)
         load_weight(weight, first_n, k, full, rings, stage, parity, COLUMNS)
         step += 1
+    load_vectors(vectors, first_n, done, rings, tiling, COLUMNS)
     return step
 
 
 @gluon.jit
-def load_vectors(scale_ptr, shift_ptr, tile, piece, done, rings, tiling, COLUMNS: gl.constexpr):
-    """Brings in scale and shift of a tile, or of a piece of COLUMNS, after `done` others. Its last operands are on
-    their way, so that as a rule its consumers are done with the vectors before, and will not wait for these."""
-    LINE: gl.constexpr = gl.BlockedLayout([1], [LANES], [1], [0], cga_layout=[] if gl.num_ctas() == 1 else [[0]])
+def load_vectors(vectors, first_n, done, rings, tiling, COLUMNS: gl.constexpr):
+    """Brings in scale and shift of COLUMNS from first_n on, after `done` others. The tile's last operands are on their
+    way, so that as a rule its consumers are done with the vectors before, and will not wait for these."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [LANES], [1], [0], cga_layout=whole_vector(gl.num_ctas()))
+    scale_ptr, shift_ptr = vectors
     slot, parity = stage_of(done, rings.vectors_full)
-    _, first_n = tiling.origin(tile, piece, COLUMNS)
     columns = gl.arange(0, COLUMNS, LINE)
     inside = columns < tiling.N - first_n
     mbarrier.wait(rings.vectors_empty.index(slot), parity ^ 1)
-    scale, shift = rings.vectors.index(2 * slot), rings.vectors.index(2 * slot + 1)
+    scale, shift = rings.scale_and_shift(slot)
     async_copy.async_load(scale.slice(0, COLUMNS), scale_ptr + first_n + columns, mask=inside)
     async_copy.async_load(shift.slice(0, COLUMNS), shift_ptr + first_n + columns, mask=inside)
     async_copy.mbarrier_arrive(rings.vectors_full.index(slot), increment_count=False)
@@ -911,7 +917,7 @@ def column_vectors(rings, slot, FIRST: gl.constexpr):
     """(scale, shift) of a block of a tile's columns."""
     COLUMNS: gl.constexpr = rings.out.shape[2]
     COLUMN: gl.constexpr = gl.SliceLayout(0, accumulator_layout(COLUMNS, gl.num_warps(), gl.num_ctas()))
-    scale, shift = rings.vectors.index(2 * slot), rings.vectors.index(2 * slot + 1)
+    scale, shift = rings.scale_and_shift(slot)
     return scale.slice(FIRST, COLUMNS).load(COLUMN), shift.slice(FIRST, COLUMNS).load(COLUMN)
 
 

@@ -160,8 +160,8 @@ int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
   if (!c.persistent) return c.cluster * tiles(c, p);
   const int64_t at_once = places(c, sm_count) * c.ctas_per_sm;
   // Tiles of the last columns of which half is enough, or a quarter, are pieces of their own: Tiling.narrow().
-  const int64_t last = p.n % c.tile_n,
-                narrow = c.pieces == 4 && last && 2 * last <= c.tile_n ? tiles_of(p.m, c.tile_m) : 0;
+  const int64_t last = p.n & (c.tile_n - 1);
+  const int64_t narrow = c.pieces == 4 && last && 2 * last <= c.tile_n ? tiles_of(p.m, c.tile_m) : 0;
   const int64_t whole = tiles(c, p) - narrow;
   return c.cluster * std::min(whole * cut<int64_t>(c.pieces, whole, at_once) + narrow, at_once);
 }

@@ -521,6 +521,8 @@ def test_a_fit_keeps_the_constants_that_it_has_no_times_for(tmp_path: Path) -> N
     run = fit.Run({}, 132, rows, [])
     by_hand = shipped | {"since": "what was changed by hand after the times"}
     evidence.write_section(path, 90, "tune", evidence.read(90)["tune"] | {"costs": by_hand})
+    fit.write_costs(path, run, {"gpu": shipped["gpu"], "measured": "yesterday", "kernels": {}}, True)
+    assert evidence.read(90, path)["tune"]["costs"]["since"] == by_hand["since"]
     for symbol, any_rows in ((first, False), (last, True)):
         new = {"gpu": shipped["gpu"], "measured": "today", "kernels": {symbol: {"shapes": 1}}}
         fit.write_costs(path, run, new, any_rows)

@@ -304,17 +304,55 @@ def store_width(config: Config, instructions: list[Instruction], boxes: dict[str
     return min(filter(None, map(sass.store_bytes, instructions)), default=0)
 
 
-def stores_in_k_loop(ir: str, depth: int) -> int:
-    """Global stores inside `depth` loops or more, as triton's IR indents them."""
-    count, loops = 0, []
+@dataclass
+class Loop:
+    """One of triton's IR."""
+
+    indent: int
+    multiplies: bool = False
+    around: bool = False  # a loop that multiplies
+
+    @property
+    def along_k(self) -> bool:
+        return self.multiplies and not self.around
+
+    @property
+    def along_parts(self) -> bool:
+        """Of a tile's result, by halves: so its stores run twice."""
+        return not self.multiplies and not self.around
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Store operations of triton's IR, of as many elements each."""
+
+    count: int
+    twice: int  # that run twice
+    along_k: int  # that run with each step
+
+
+def stores(ir: str) -> Stores:
+    """By the IR's indents: in SASS a wait that was moved out of line looks like a loop around all that it jumps back
+    over, and where warps have roles, all that they do lies in the loop that waits for one."""
+    open_loops: list[Loop] = []
+    around_stores: list[list[Loop]] = []
     for line in ir.splitlines():
         indent = len(line) - len(line.lstrip())
-        while loops and indent <= loops[-1]:
-            loops.pop()
-        count += len(loops) >= depth and bool(re.search(r"\b(tt\.store|ttng\.async_tma_copy_local_to_global)\b", line))
+        while open_loops and indent <= open_loops[-1].indent:
+            open_loops.pop()
         if "scf.for" in line:
-            loops.append(indent)
-    return count
+            open_loops.append(Loop(indent))
+        elif re.search(r"\b(ttng\.warp_group_dot|tt\.dot) ", line) and open_loops:
+            open_loops[-1].multiplies = True
+            for loop in open_loops[:-1]:
+                loop.around = True
+        elif re.search(r"\b(tt\.store|ttng\.async_tma_copy_local_to_global) ", line):
+            around_stores.append(list(open_loops))
+    return Stores(
+        count=len(around_stores),
+        twice=sum(bool(loops) and loops[-1].along_parts for loops in around_stores),
+        along_k=sum(any(loop.along_k for loop in loops) for loops in around_stores),
+    )
 
 
 def check(config: Config, report: Report) -> None:
@@ -371,6 +409,7 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
     instructions = sass.read(_run(tool("cuobjdump"), "-sass", str(cubin)))
     bodies = sass.loops(instructions)
     main = sass.main_loop(bodies)
+    told = stores(compiled.ir)
     roles = config.consumers  # each with a main loop and an epilogue of its own
     loading = [body for body in sass.innermost(bodies, "TMA load") if not any(map(sass.is_mma, body))]
     # The loader's first is of whole tiles, the others of pieces.
@@ -390,10 +429,8 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         stack_bytes=stack,
         shared_bytes=compiled.shared_bytes,
         ctas_per_sm=ctas,
-        stores_per_output=stored_bytes(config, instructions, compiled.boxes) / outputs,
-        # The loop over tiles holds the stores of a persistent kernel by right; and where warps have roles, all that
-        # they do lies in the loop that waits for one.
-        stores_in_loop=stores_in_k_loop(compiled.ir, 2 if config.persistent else 1)
+        stores_per_output=stored_bytes(config, instructions, compiled.boxes) * (1 + told.twice / told.count) / outputs,
+        stores_in_loop=told.along_k
         if config.has_roles
         else sum(bool(sass.store_bytes(i)) for body in bodies for i in body),
         store_width_bytes=store_width(config, instructions, compiled.boxes),

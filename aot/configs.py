@@ -91,13 +91,12 @@ class Config:
         """Most that it cuts a tile of a last wave into: no narrower than a part of the result.
 
         On an H100, from float16 to float16, the tile of 128x256 takes 1.25 times as long as cuBLAS's bare product at
-        4096x4104x4096 with whole tiles, 1.15 with halves and 1.12 with quarters. But with a float32 x the main loop is
-        2 to 5 % slower beside code for quarters, and to any address that code has spilled. Times of builds that had no
-        pieces, halves alone or quarters for all; no command here makes them again.
+        4096x4104x4096 with whole tiles, 1.15 with halves and 1.12 with quarters. To any address, code for quarters has
+        spilled. Times of builds that had no pieces, halves alone or quarters for all; no command here makes them again.
         """
         if self.kernel != "ws":
             return 1
-        return min(4 if self.out_aligned and self.x == self.weight else 2, self.epilogue_parts)
+        return min(4 if self.out_aligned else 2, self.epilogue_parts)
 
     @property
     def program_warps(self) -> int:

@@ -32,6 +32,7 @@ LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
 ASYNC = Config(89, "f32", "f16", "f16", False, True, 64, 64, 32, 4, 4, kernel="async", warps_m=2, unit_k=32)
 HOPPER = replace(SMALL, arch=90, tile_m=64)
 WS = Config(90, "f16", "f16", "f16", False, True, 128, 128, 64, 12, 2, 2, kernel="ws")
+QUARTERS = replace(WS, epilogue_parts=4)  # and so halves of a result that run the same instructions
 PAIR = replace(WS, tile_m=256, cluster=2)
 PINGPONG = replace(WS, kernel="pingpong", epilogue_parts=4)
 RING = Config(90, "f16", "f16", "f16", False, True, 64, 64, 64, 8, 3, kernel="ring")
@@ -107,7 +108,7 @@ def test_a_kernel_that_stores_in_its_loop(tmp_path: Path, kernels: Callable[...,
         compile.build(SMALL, 89, tmp_path / "cubin")
 
 
-WS_STORE = "            tma.async_store(out, [first_m, first], buffer)\n"
+WS_STORE = "            tma.async_store(out, [first_m, part_n], buffer)\n"
 WS_STEP = "            release(rings, step - 1)\n            step += 1\n"
 WS_STEP_STORE = "            tma.async_store(result[0], [step, step], rings.out.index(WHO))\n"
 RING_STEP = "        mbarrier.arrive(x.empty.index(last), pred=k > 0)\n"
@@ -118,8 +119,8 @@ RING_STEP = "        mbarrier.arrive(x.empty.index(last), pred=k > 0)\n"
     [
         (WS, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
         (PINGPONG, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
-        (WS, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.66667 stores per output element, 1 inside a loop"),
-        # once for each consumer's program
+        (WS, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.66667 stores per output element, 2 inside a loop"),
+        # above once for tiles and once for halves, below once for each consumer's program
         (PINGPONG, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.25 stores per output element, 2 inside a loop"),
         (RING, [("= products(x, weight, zeros, K)", "= products(x, weight, zeros, K, out_ptr)"),
                 ("def products(x, weight, zeros, K)", "def products(x, weight, zeros, K, out_ptr)"),
@@ -155,17 +156,34 @@ def test_a_chunk_of_fp16_accumulate_may_take_several_steps(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("change", [{"out": "f32"}, {"out_aligned": False}, {"x": "f32", "stages": 3}], ids=str)
 def test_a_hopper_kernel_stores_once_and_spills_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
-    # ws: a loop and a step beside it, once for tiles and once for halves, in one program or, of a float32 x, in one for
-    # each of two consumers; pingpong has two, without halves, of twice the rows; ring has a step beside the loop of a
-    # float32 x alone
-    shared = 32 if "x" in change else 16
-    wanted = {WS: shared, PAIR: shared, PINGPONG: 32, RING: 8 if "x" in change else 4}
+    # ws: a loop and a step beside it, once for tiles, once for halves and once for quarters, if those are no narrower
+    # than a part of the result, in one program or, of a float32 x, in one for each of two consumers; pingpong has two,
+    # without pieces, of twice the rows; ring has a step beside the loop of a float32 x alone
+    programs = 2 if "x" in change else 1
+    quarters = "out_aligned" not in change
+    wanted = {WS: 16 * programs, QUARTERS: (16 + 8 * quarters) * programs, PAIR: 16 * programs}
+    wanted |= {PINGPONG: 32, RING: 8 if "x" in change else 4}
     if "out_aligned" in change:
         del wanted[PINGPONG]  # spills: no tile that stores to any address is one
     for config, mma in wanted.items():
         report = compile.build(replace(config, **change), 90, tmp_path / "cubin").report
         assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
         assert report.mma == mma, report
+
+
+@pytest.mark.parametrize(
+    ("config", "forms"), [(QUARTERS, 3), (PAIR, 2), (PINGPONG, 1)], ids=["quarters", "a cluster", "pingpong"]
+)
+def test_no_step_reads_a_constant_of_the_launch(tmp_path: Path, config: Config, forms: int) -> None:
+    # It would queue with what a float32 x is read by: of the cluster's tile, 8 % of the time.
+    cubin = tmp_path / "cubin"
+    compile.build(replace(config, x="f32"), 90, cubin)
+    command = [compile.tool("cuobjdump"), "-sass", str(cubin)]
+    instructions = compile.sass.read(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # Of each consumer, one for tiles, one for halves, one for quarters; longer ones are waits moved out of line.
+    along_k = sorted(compile.sass.innermost(compile.sass.loops(instructions), "matrix"), key=len)[: 2 * forms]
+    assert len(along_k) == 2 * forms and len(along_k[-1]) < 1.1 * len(along_k[0])
+    assert not [i for body in along_k for i in body if i.opcode.startswith("LDC")]
 
 
 def test_a_float32_x_may_have_slots_and_barriers_of_its_own(tmp_path: Path) -> None:
@@ -216,6 +234,16 @@ def test_a_clusters_ctas_share_the_weights_load_and_end_together(
     assert len(ended) == 2, ended  # of the warps that multiply, of the others
     assert ".reqnctapercluster 2" in compiled.ptx
     assert "cluster" not in compile.to_ptx(WS).ptx.replace("shared::cluster", "")
+
+
+@pytest.mark.parametrize(
+    ("config", "roles"),
+    [(WS, 2), (replace(WS, x="f32"), 3), (PAIR, 2), (PINGPONG, 3), (RING, 3)],
+    ids=["ws", "ws, float32 x", "a cluster", "pingpong", "ring"],
+)
+def test_every_role_waits_for_what_the_stream_ran_before(config: Config, roles: int) -> None:
+    # csrc/dispatch.cpp's early(): what loads, and what stores, may have been launched before that has ended.
+    assert len(re.findall(r"griddepcontrol\.wait\b", compile.to_ptx(config).ptx)) == roles
 
 
 def test_a_config_that_miscounts_its_warps() -> None:

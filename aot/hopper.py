@@ -424,6 +424,58 @@ FEW_COLUMNS = gl.constexpr(16)
 OUT_BUFFERS = gl.constexpr(2)
 
 
+@gluon.jit
+def last_wave(tiles, PIECES: gl.constexpr):
+    """(last, cut): how many of so many tiles are left for a last wave, and into how many pieces side by side they are
+    cut, so that all of them have a place."""
+    last = tiles % gl.num_programs(0)
+    cut = 1
+    for pieces in gl.static_range(2, PIECES + 1, 2):
+        cut = gl.where(pieces * last <= gl.num_programs(0), pieces, cut)
+    return last, cut
+
+
+@gluon.jit
+def are_beside(rows, tiles, pieces, PIECES: gl.constexpr):
+    """Whether the CTAs that the last wave of so many tiles leaves without one are done with as many pieces as there are
+    rows of tiles when it is. Two quarters take about as long as a tile, and so does a half."""
+    last, cut = last_wave(tiles, PIECES)
+    free = gl.num_programs(0) - cut * last
+    return (last > 0) & ((2 * rows * cut <= free * pieces) | (rows <= free))
+
+
+@gluon.constexpr_function
+def piece_time(pieces):
+    """csrc/dispatch.cpp's."""
+    return 8 + 12 // pieces
+
+
+@gluon.jit
+def tile_time(tiles):
+    """What so many tiles take of a kernel that cuts quarters: csrc/dispatch.cpp's."""
+    last, cut = last_wave(tiles, 4)
+    time = gl.where(cut == 4, piece_time(4), gl.where(cut == 2, piece_time(2), piece_time(1)))
+    return tiles // gl.num_programs(0) * piece_time(1) + gl.where(last > 0, time, 0)
+
+
+@gluon.jit
+def narrow_columns(M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, PIECES: gl.constexpr):
+    """What part of a tile the last columns need, as 4 for a quarter and 2 for a half, if as pieces of their own they
+    take no longer than as tiles; else 1. Of a kernel that cuts no quarters 1: a half takes more than two thirds of a
+    tile's time."""
+    narrow = 1
+    if PIECES == 4:
+        columns = N % TILE_N
+        if (columns > 0) & (2 * columns <= TILE_N):
+            rows = gl.cdiv(M, TILE_M)
+            tiles = rows * (N // TILE_N)
+            pieces = gl.where(4 * columns <= TILE_N, 4, 2)
+            time = gl.where(4 * columns <= TILE_N, piece_time(4), piece_time(2))
+            rounds = gl.where(are_beside(rows, tiles, pieces, PIECES), 0, gl.cdiv(rows, gl.num_programs(0)))
+            narrow = gl.where(tile_time(tiles) + rounds * time <= tile_time(tiles + rows), pieces, 1)
+    return narrow
+
+
 @gluon.aggregate
 class Tiling:
     M: gl.tensor
@@ -434,44 +486,38 @@ class Tiling:
     TILE_K: gl.constexpr
     IN_TURN: gl.constexpr  # consumers take whole tiles by turns; else they share each, or one consumer has all
     PIECES: gl.constexpr  # that a tile may be cut into: aot/configs.py's, and so the launcher's
+    narrow: gl.tensor  # narrow_columns()
 
     @gluon.jit
     def steps(self):
         return gl.cdiv(self.K, self.TILE_K)
 
     @gluon.jit
-    def narrow(self):
-        """What part of a tile the last columns need, as 4 for a quarter and 2 for a half; else 1. Of a kernel that cuts
-        no quarters 1: a half takes more than two thirds of a tile's time."""
-        columns = self.N % self.TILE_N
-        narrow = 1
-        if self.PIECES == 4:
-            for pieces in gl.static_range(2, 5, 2):
-                narrow = gl.where((columns > 0) & (columns * pieces <= self.TILE_N), pieces, narrow)
-        return narrow
+    def rows(self):
+        """Of tiles."""
+        return gl.cdiv(self.M, self.TILE_M)
 
     @gluon.jit
     def columns(self):
         """Columns of whole tiles."""
-        return gl.where(self.narrow() > 1, self.N // self.TILE_N, gl.cdiv(self.N, self.TILE_N))
+        return gl.where(self.narrow > 1, self.N // self.TILE_N, gl.cdiv(self.N, self.TILE_N))
 
     @gluon.jit
     def count(self):
         """Whole tiles."""
-        return gl.cdiv(self.M, self.TILE_M) * self.columns()
+        return self.rows() * self.columns()
 
     @gluon.jit
     def cut(self):
-        """Into how many pieces side by side the tiles of the last wave are cut, so that all of them have a place."""
-        cut = 1
-        for pieces in gl.static_range(2, self.PIECES + 1, 2):
-            cut = gl.where(pieces * self.last() <= gl.num_programs(0), pieces, cut)
+        """Into how many pieces the tiles of the last wave are cut."""
+        _, cut = last_wave(self.count(), self.PIECES)
         return cut
 
     @gluon.jit
     def last(self):
         """Tiles of the last wave."""
-        return self.count() % gl.num_programs(0)
+        last, _ = last_wave(self.count(), self.PIECES)
+        return last
 
     @gluon.jit
     def whole(self):
@@ -484,21 +530,19 @@ class Tiling:
         into so many, has number 0; those of the last columns, if they need that part of a tile, begin with number 1."""
         begin = gl.where((self.cut() == pieces) & (gl.program_id(0) < pieces * self.last()), 0, 1)
         first, stride = self.edge()
-        rows = gl.where(self.narrow() == pieces, gl.cdiv(self.M, self.TILE_M), 0)
+        rows = gl.where(self.narrow == pieces, self.rows(), 0)
         return begin, 1 + gl.where(first < rows, gl.cdiv(rows - first, stride), 0)
 
     @gluon.jit
     def edge(self):
         """(first, stride) of this CTA's rows of tiles in the last columns, if those are narrow: first come the CTAs
-        that the last wave leaves without a tile, and alone if they are done when it is. Two quarters take about as long
-        as a tile, and so does a half."""
-        rows = gl.cdiv(self.M, self.TILE_M)
+        that the last wave leaves without a tile, and alone if they are done when it is."""
         taken = self.cut() * self.last()
         free = gl.num_programs(0) - taken
-        fits = 2 * rows * self.cut() <= free * self.narrow()
+        beside = are_beside(self.rows(), self.count(), self.narrow, self.PIECES)
         first = gl.program_id(0) - taken
-        first = gl.where(first < 0, gl.where(fits, rows, first + gl.num_programs(0)), first)
-        return first, gl.where(fits, gl.maximum(free, 1), gl.num_programs(0))
+        first = gl.where(first < 0, gl.where(beside, self.rows(), first + gl.num_programs(0)), first)
+        return first, gl.where(beside, gl.maximum(free, 1), gl.num_programs(0))
 
     @gluon.jit
     def piece(self, number, pieces):
@@ -512,7 +556,7 @@ class Tiling:
     def origin(self, tile, piece, COLUMNS: gl.constexpr):
         """(first row, first column) of a piece of COLUMNS of the tile-th tile; an edge's begins early enough to be
         whole."""
-        tiles_m, tiles_n = gl.cdiv(self.M, self.TILE_M), self.columns()
+        tiles_m, tiles_n = self.rows(), self.columns()
         group = gl.where(gl.cdiv(self.N, self.TILE_N) > FEW_COLUMNS, 8, 4)
         tile_m, tile_n = tile_position(tile, tiles_m, gl.maximum(tiles_n, 1), group)  # which divides by it
         if COLUMNS < self.TILE_N:
@@ -589,7 +633,8 @@ def lbg_fused_ws(
     SPLIT: gl.constexpr = split_rows(gl.num_ctas())
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], OUT_DTYPE, cga_layout=SPLIT)
     X_BOXES: gl.constexpr = CONSUMERS if gl.num_ctas() > 1 else 1
-    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, IN_TURN, PIECES)
+    narrow = narrow_columns(M, N, TILE_M, TILE_N, PIECES)
+    tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, IN_TURN, PIECES, gl.to_tensor(narrow))
     x_slots = gl.allocate_shared_memory(x.dtype, [STAGES * X_BOXES, TILE_M // X_BOXES, TILE_K], x.layout)
     weight_slots = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_N, TILE_K], weight.layout)
     out_slots = gl.allocate_shared_memory(OUT_DTYPE, [CONSUMERS * OUT_BUFFERS, ROWS, COLUMNS], OUT_LAYOUT)

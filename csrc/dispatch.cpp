@@ -154,16 +154,36 @@ bool late(const Config& c, const Problem& p, int32_t sm_count) {
   return c.tma & !c.persistent & (c.tile_m <= 64) & (p.m > 2 * c.tile_m) & (2 * count > sm_count) & (p.k > 1024);
 }
 
+// What one of as many pieces of a tile takes, a tile 20: kShared, in whole numbers.
+int64_t piece_time(int64_t pieces) { return 8 + 12 / pieces; }
+
+// What `count` tiles of a kernel that cuts quarters take, in the same unit.
+int64_t tile_time(int64_t count, int64_t at_once) {
+  const int64_t waves = count / at_once, last = count - waves * at_once;
+  return 20 * waves + (last ? piece_time(cut<int64_t>(4, last, at_once)) : 0);
+}
+
+// Whether the last columns, of `rows` tiles beside so many `whole` ones, are computed as pieces of their own: if half
+// of a tile is enough for them, or a quarter, and if they then take no longer. aot/hopper.py's narrow_columns().
+bool narrow(const Config& c, const Problem& p, int64_t rows, int64_t whole, int64_t at_once) {
+  const int64_t columns = p.n & (c.tile_n - 1);
+  if (c.pieces != 4 || !columns || 2 * columns > c.tile_n) return false;
+  const int64_t pieces = 4 * columns <= c.tile_n ? 4 : 2;
+  const int64_t last = whole % at_once, parts = cut<int64_t>(4, last, at_once), free = at_once - parts * last;
+  const bool beside = last && (2 * rows * parts <= free * pieces || rows <= free);
+  const int64_t rounds = beside ? 0 : (rows + at_once - 1) / at_once;
+  return tile_time(whole, at_once) + rounds * piece_time(pieces) <= tile_time(whole + rows, at_once);
+}
+
 }  // namespace
 
 int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
   if (!c.persistent) return c.cluster * tiles(c, p);
   const int64_t at_once = places(c, sm_count) * c.ctas_per_sm;
-  // Tiles of the last columns of which half is enough, or a quarter, are pieces of their own: Tiling.narrow().
-  const int64_t last = p.n & (c.tile_n - 1);
-  const int64_t narrow = c.pieces == 4 && last && 2 * last <= c.tile_n ? tiles_of(p.m, c.tile_m) : 0;
-  const int64_t whole = tiles(c, p) - narrow;
-  return c.cluster * std::min(whole * cut<int64_t>(c.pieces, whole, at_once) + narrow, at_once);
+  const int64_t rows = tiles_of(p.m, c.tile_m), all = tiles(c, p), whole = all - rows;
+  const int64_t pieces = narrow(c, p, rows, whole, at_once) ? whole * cut<int64_t>(c.pieces, whole, at_once) + rows
+                                                            : all * cut<int64_t>(c.pieces, all, at_once);
+  return c.cluster * std::min(pieces, at_once);
 }
 
 uint32_t box_rows(int64_t rows, uint32_t most) {

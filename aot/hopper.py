@@ -18,15 +18,15 @@ float32 x one rounds while the other multiplies, and they are consumers of their
 
 The tiles that are left for a last wave would keep few SMs busy, each for as long as all of them: where the consumers
 share a tile, these are cut into two or four pieces side by side, if all the pieces have a place in that wave. And a
-kernel that cuts quarters computes last columns that need but a quarter or half of a tile as such pieces, in the CTAs
-that the last wave leaves without a tile, if those have the time: 4096x4104x4096 took 194.5 us for 207.6. Which elements
-are computed together has no part in their bits. (These times, and those in lbg_fused_ws, are of builds with either,
+kernel that cuts quarters computes last columns that need but a quarter or half of a tile as such pieces, where those
+take no longer than tiles, and first in the CTAs that the last wave leaves without one: 4096x4104x4096 took 194.5 us for
+207.6. Which elements are computed together has no part in their bits. (Times in this file are of builds with either,
 which no command here makes again.)
 
 Two CTAs of lbg_fused_ws may be a cluster: its tile is twice as high, each computes half of the rows, and both get the
 weight from one load. That is for rows that start off 32 bytes, whose every 128 bytes lie in five sectors of L2: L2 then
 bounds the kernel, and a third of its bytes are spared. On an H100 4096x4096x4088 takes 200 us for 281, a float32 x 242
-for 314; where rows start on 32 bytes, a cluster's CTAs waiting for each other costs 1 to 8 %.
+for 314; where rows start on 32 bytes, a cluster's tile takes up to 3 % longer than its half, or 6 with a float32 x.
 
 Either rounds a float32 x on its way from shared memory to wgmma, which takes that operand from registers: a consumer
 reads the next step's x while this step's is multiplied. Written back to shared memory instead, it would be moved twice
@@ -446,13 +446,13 @@ def are_beside(rows, tiles, pieces, PIECES: gl.constexpr):
 
 @gluon.constexpr_function
 def piece_time(pieces):
-    """csrc/dispatch.cpp's."""
+    """What one of as many pieces of a tile takes, a tile 20: csrc/dispatch.cpp's."""
     return 8 + 12 // pieces
 
 
 @gluon.jit
 def tile_time(tiles):
-    """What so many tiles take of a kernel that cuts quarters: csrc/dispatch.cpp's."""
+    """What so many tiles of a kernel that cuts quarters take, in the same unit: csrc/dispatch.cpp's."""
     last, cut = last_wave(tiles, 4)
     time = gl.where(cut == 4, piece_time(4), gl.where(cut == 2, piece_time(2), piece_time(1)))
     return tiles // gl.num_programs(0) * piece_time(1) + gl.where(last > 0, time, 0)

@@ -429,7 +429,9 @@ def build(config: Config, cubin_arch: int, cubin: Path) -> Artifact:
         stack_bytes=stack,
         shared_bytes=compiled.shared_bytes,
         ctas_per_sm=ctas,
-        stores_per_output=stored_bytes(config, instructions, compiled.boxes) * (1 + told.twice / told.count) / outputs,
+        stores_per_output=stored_bytes(config, instructions, compiled.boxes)
+        * (1 + told.twice / max(told.count, 1))
+        / outputs,
         stores_in_loop=told.along_k
         if config.has_roles
         else sum(bool(sass.store_bytes(i)) for body in bodies for i in body),

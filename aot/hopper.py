@@ -40,10 +40,10 @@ A ring's barriers are `full`, which loaders arrive at and consumers wait for, an
 are added as in aot/kernels.py, K ascending, 16 at a time: the bits are the same.
 
 Either is launched while the kernel before it in the stream still runs, and waits for that one's end itself: what it
-does until then costs no time. So each role waits as it begins, when its warps have their registers: on an H100 that is
-1 to 4 % less of what takes less than 20 us. The next kernel may begin as soon as this one has, for it waits for this
-one's end, and so for all that this one waits for. A kernel that writes weight may be among those that it waits for, so
-until then it only asks L2 for the weight, which is where such a kernel's writes go too.
+does until then costs no time. So each role waits as it begins, when its warps have their registers: of calls of less
+than 20 us that is up to 2 % on an H100. The next kernel may begin as soon as this one has, for it waits for this one's
+end, and so for all that this one waits for. A kernel that writes weight may be among those that it waits for, so until
+then it only asks L2 for the weight, which is where such a kernel's writes go too.
 """
 
 from triton.experimental import gluon
@@ -261,8 +261,8 @@ def ring_tile(
 
     # Through shared memory to a layout in which a thread stores 16 bytes, or a warp neighbours.
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth if OUT_ALIGNED else 1
-    LANES: gl.constexpr = min(32, TILE_N // VECTOR)
-    STORE: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    ALONG_N: gl.constexpr = min(LANES, TILE_N // VECTOR)
+    STORE: gl.constexpr = gl.BlockedLayout([1, VECTOR], [LANES // ALONG_N, ALONG_N], [WARPS, 1], [1, 0])
     y = relu_gelu(acc * scale + shift, out_ptr.dtype.element_ty)
     if ROUNDS:
         y = in_order(y)
@@ -960,10 +960,11 @@ def column_vectors(rings, tiling, slot, part):
 def finish(WHO: gl.constexpr, acc, done, first_m, first_n, result, rings, tiling, OUT_BY_TMA: gl.constexpr):
     """Scales, shifts, activates and stores one consumer's rows of a tile, a block of columns after another.
 
-    By halves, which run the same instructions: two consumers' programs are more than an SM's 32 KB hold of them, and
-    each missed what the other had pushed out, a million times at 16384x4096x4096 with a float32 x. On an H100 that has
-    2 to 4 % less time where a tile takes few steps, and 12 % less at 2048x3072x768 to float32. But a float32 x's
-    ping-pong kernel then has its rounding in another place, and takes 7 % longer at 512x4096x4096.
+    By halves, which run the same instructions: two consumers' programs are more than an SM holds of them, and missed
+    what they had pushed out of each other, on an H100 a million times at 16384x4096x4096 with a float32 x. That takes
+    up to 6 % less time now where a tile has few steps, and 12 % less at 2048x3072x768 to float32; but 1 to 3 % more to
+    float16 at 16384x4096x4096 and 4096x11008x4096. With a float16 x it is within 3 % either way. A float32 x's
+    ping-pong kernel would have its rounding in another place, and take 7 % longer at 512x4096x4096.
     """
     ROWS: gl.constexpr = rings.out.shape[1]
     PARTS: gl.constexpr = acc.shape[1] // rings.out.shape[2]

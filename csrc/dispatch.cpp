@@ -155,12 +155,13 @@ bool late(const Config& c, const Problem& p, int32_t sm_count) {
 }
 
 // What one of as many pieces of a tile takes, a tile 20: kShared, in whole numbers.
-int64_t piece_time(int64_t pieces) { return 8 + 12 / pieces; }
+constexpr int64_t piece_time(int64_t pieces) { return 8 + 12 / pieces; }
+static_assert(20 * kShared == 8 && piece_time(1) == 20);
 
 // What `count` tiles of a kernel that cuts quarters take, in the same unit.
 int64_t tile_time(int64_t count, int64_t at_once) {
   const int64_t waves = count / at_once, last = count - waves * at_once;
-  return 20 * waves + (last ? piece_time(cut<int64_t>(4, last, at_once)) : 0);
+  return piece_time(1) * waves + (last ? piece_time(cut<int64_t>(4, last, at_once)) : 0);
 }
 
 // Whether the last columns, of `rows` tiles beside so many `whole` ones, are computed as pieces of their own: if half

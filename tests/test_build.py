@@ -22,7 +22,7 @@ import pytest
 pytest.importorskip("triton", reason="needs the build's environment", exc_type=ImportError)
 
 import build
-from aot import BuildError, compile, costs, emit, model, package
+from aot import BuildError, compile, costs, emit, model, package, rules
 from aot.candidates import BARRIER_BYTES
 from aot.chips import FULL_RATE, LIMITS, REFERENCE
 from aot.configs import ARCHS, CONFIGS, DTYPES, FP16_CHUNK, Config, check_classes, class_of, ctas_per_sm
@@ -117,6 +117,7 @@ RING_STEP = "        mbarrier.arrive(x.empty.index(last), pred=k > 0)\n"
 @pytest.mark.parametrize(
     ("config", "changes", "told"),
     [
+        (WS, [(WS_STORE, "")], "0 stores per output element, 0 inside"),
         (WS, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
         (PINGPONG, [(WS_STORE, 2 * WS_STORE)], "2 stores per output element, 0 inside"),
         (WS, [(WS_STEP, WS_STEP + WS_STEP_STORE)], "1.66667 stores per output element, 2 inside a loop"),
@@ -127,9 +128,9 @@ RING_STEP = "        mbarrier.arrive(x.empty.index(last), pred=k > 0)\n"
                 (RING_STEP, RING_STEP + "        gl.store(out_ptr + k, 0.0)\n")],
          r"1\.\d+ stores per output element, 1 inside"),
     ],
-    ids=["ws twice", "pingpong twice", "ws in its loop", "pingpong in its loops", "ring in its loop"],
+    ids=["ws never", "ws twice", "pingpong twice", "ws in its loop", "pingpong in its loops", "ring in its loop"],
 )  # fmt: skip
-def test_a_hopper_kernel_that_stores_more_than_once(
+def test_a_hopper_kernel_that_does_not_store_just_once(
     tmp_path: Path, kernels: Callable[..., None], config: Config, changes: list[tuple[str, str]], told: str
 ) -> None:
     kernels(*changes, file="hopper")
@@ -178,12 +179,18 @@ def test_no_step_reads_a_constant_of_the_launch(tmp_path: Path, config: Config, 
     # It would queue with what a float32 x is read by: of the cluster's tile, 8 % of the time.
     cubin = tmp_path / "cubin"
     compile.build(replace(config, x="f32"), 90, cubin)
-    command = [compile.tool("cuobjdump"), "-sass", str(cubin)]
-    instructions = compile.sass.read(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     # Of each consumer, one for tiles, one for halves, one for quarters; longer ones are waits moved out of line.
-    along_k = sorted(compile.sass.innermost(compile.sass.loops(instructions), "matrix"), key=len)[: 2 * forms]
+    bodies = compile.sass.loops(compile.sass.read(sass(cubin)))
+    along_k = sorted(compile.sass.innermost(bodies, "matrix"), key=len)[: 2 * forms]
     assert len(along_k) == 2 * forms and len(along_k[-1]) < 1.1 * len(along_k[0])
     assert not [i for body in along_k for i in body if i.opcode.startswith("LDC")]
+
+
+def test_a_kernel_cuts_its_tiles_by_what_dispatch_holds_a_piece_to_take() -> None:
+    from aot import hopper
+
+    for pieces in (1, 2, 4):
+        assert hopper.piece_time(pieces) == pytest.approx(20 * rules.piece_share(pieces)), pieces
 
 
 def test_a_float32_x_may_have_slots_and_barriers_of_its_own(tmp_path: Path) -> None:

@@ -101,14 +101,14 @@ class Config:
     @property
     def program_warps(self) -> int:
         """Warps that run an instruction of the part that multiplies and stores."""
-        if self.persistent:
-            return 8 // self.consumers
-        return 4 if self.kernel == "shift" else self.warps - 4 * (self.kernel == "ring")
+        if self.persistent or self.kernel == "shift":
+            return 4
+        return self.warps - 4 * (self.kernel == "ring")
 
     @property
     def consumers(self) -> int:
         """Groups of such warps, each with a program of its own."""
-        return 2 if self.kernel == "pingpong" or (self.kernel == "ws" and self.x != self.weight) else 1
+        return 2 if self.persistent else 1
 
     @property
     def cta_rows(self) -> int:

@@ -11,10 +11,13 @@ it while the next tile's operands are on their way: a tile twice as large needs 
 tiles by turns ("ping-pong"): while one finishes its tile the other multiplies, and of a short K or of few waves of
 tiles less time is lost.
 
-Warpgroups that share a tile of a 16-bit x run one program together. As two programs, each of which is longer than an
-SM's sub-cores hold instructions of, they waited for those in 1.6 % of the time, all of it between a tile's last product
-and the next one's first: on an H100 1024x4096x4096 takes 51.8 us for 53.2, 4096x4096x4096 188.1 for 190.0. With a
-float32 x one rounds while the other multiplies, and they are consumers of their own: 813 us for 884 at 16384x4096x4096.
+Consumers that share a tile take its steps by turns: neither begins a step's products before the other has begun those
+before them. Left to themselves they may fall into step: then their products go through the tensor cores at once and end
+at once, and both wait, round and begin anew while nothing is multiplied. Whether they did depended on instructions far
+from the loop. On an H100, with a float32 x, builds of one source but for those took 993 to 1171 us at 16384x4096x4096
+to float32, and 968 to 1000 with turns; to float16, 952 to 1102 and 938 to 958. A 16-bit x, whose products a consumer
+begins before it waits for the last ones, gains where K is short: with one group of eight warps in place of the two
+consumers, 16384x4096x512 took 147.0 us for 140.9.
 
 The tiles that are left for a last wave would keep few SMs busy, each for as long as all of them: where the consumers
 share a tile, these are cut into two or four pieces side by side, if all the pieces have a place in that wave. And a
@@ -420,6 +423,7 @@ WS_REGISTERS = 168
 # Of tiles: up to so many, groups of 4 rows of tiles share their operands better in L2 than groups of 8. On an H100, of
 # 16 columns a float32 x took 2 to 4 % less time, a float16 one 0.5 %; of 32 both took 2 % more.
 FEW_COLUMNS = gl.constexpr(16)
+CONSUMERS = gl.constexpr(2)
 # Of a consumer, for parts of its result: one is filled while the other is stored.
 OUT_BUFFERS = gl.constexpr(2)
 
@@ -444,18 +448,17 @@ def are_beside(rows, tiles, pieces, PIECES: gl.constexpr):
     return (last > 0) & ((2 * rows * cut <= free * pieces) | (rows <= free))
 
 
-@gluon.constexpr_function
+@gluon.jit
 def piece_time(pieces):
-    """What one of as many pieces of a tile takes, a tile 20: csrc/dispatch.cpp's."""
+    """What one of as many pieces of a tile takes, a tile 20: aot/rules.py's piece_share()."""
     return 8 + 12 // pieces
 
 
 @gluon.jit
-def tile_time(tiles):
-    """What so many tiles of a kernel that cuts quarters take, in the same unit: csrc/dispatch.cpp's."""
-    last, cut = last_wave(tiles, 4)
-    time = gl.where(cut == 4, piece_time(4), gl.where(cut == 2, piece_time(2), piece_time(1)))
-    return tiles // gl.num_programs(0) * piece_time(1) + gl.where(last > 0, time, 0)
+def tile_time(tiles, PIECES: gl.constexpr):
+    """What so many tiles take, in the same unit."""
+    last, cut = last_wave(tiles, PIECES)
+    return tiles // gl.num_programs(0) * piece_time(1) + gl.where(last > 0, piece_time(cut), 0)
 
 
 @gluon.jit
@@ -470,9 +473,9 @@ def narrow_columns(M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, PIECES: gl.
             rows = gl.cdiv(M, TILE_M)
             tiles = rows * (N // TILE_N)
             pieces = gl.where(4 * columns <= TILE_N, 4, 2)
-            time = gl.where(4 * columns <= TILE_N, piece_time(4), piece_time(2))
             rounds = gl.where(are_beside(rows, tiles, pieces, PIECES), 0, gl.cdiv(rows, gl.num_programs(0)))
-            narrow = gl.where(tile_time(tiles) + rounds * time <= tile_time(tiles + rows), pieces, 1)
+            time = tile_time(tiles, PIECES) + rounds * piece_time(pieces)
+            narrow = gl.where(time <= tile_time(tiles + rows, PIECES), pieces, 1)
     return narrow
 
 
@@ -484,7 +487,7 @@ class Tiling:
     TILE_M: gl.constexpr
     TILE_N: gl.constexpr
     TILE_K: gl.constexpr
-    IN_TURN: gl.constexpr  # consumers take whole tiles by turns; else they share each, or one consumer has all
+    IN_TURN: gl.constexpr  # consumers take whole tiles by turns; else they share each, and take its steps by turns
     PIECES: gl.constexpr  # that a tile may be cut into: aot/configs.py's, and so the launcher's
     narrow: gl.tensor  # narrow_columns()
 
@@ -582,7 +585,7 @@ class Rings:
     empty: gl.shared_memory_descriptor
     x_full: gl.shared_memory_descriptor
     x_empty: gl.shared_memory_descriptor
-    turn: gl.shared_memory_descriptor  # of each consumer, if they take tiles by turns
+    turn: gl.shared_memory_descriptor  # of each consumer: to multiply a tile, or a step of one that they share
     vectors: gl.shared_memory_descriptor  # scale and shift, in parts, of each tile that the consumers hold
     vectors_full: gl.shared_memory_descriptor
     vectors_empty: gl.shared_memory_descriptor
@@ -626,7 +629,6 @@ def lbg_fused_ws(
     gl.static_assert(EPILOGUE_PARTS % OUT_BUFFERS == 0, "a tile must leave the buffers as it found them")
     gl.static_assert(gl.num_ctas() == 1 or not IN_TURN, "consumers of a cluster share each tile")
     ROUNDS: gl.constexpr = x.dtype != weight.dtype
-    CONSUMERS: gl.constexpr = 2 if IN_TURN or ROUNDS else 1
     SHARED_BY: gl.constexpr = 1 if IN_TURN else CONSUMERS  # a tile and its operands
     ROWS: gl.constexpr = TILE_M // SHARED_BY
     COLUMNS: gl.constexpr = TILE_N // EPILOGUE_PARTS
@@ -648,11 +650,9 @@ def lbg_fused_ws(
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=whole_vector(gl.num_ctas()))
     vectors = gl.allocate_shared_memory(gl.float32, [TILES * 2 * EPILOGUE_PARTS, COLUMNS], VECTOR)
     vectors_full, vectors_empty = allocate_barriers(TILES, LANES, SHARED_BY)
-    turn = full
-    if IN_TURN:
-        turn = mbarrier.allocate_mbarrier(batch=2)
-        mbarrier.init(turn.index(0), count=1)
-        mbarrier.init(turn.index(1), count=1)
+    turn = mbarrier.allocate_mbarrier(batch=CONSUMERS)
+    for consumer in gl.static_range(CONSUMERS):
+        mbarrier.init(turn.index(consumer), count=1)
     both_empty = empty
     if gl.num_ctas() > 1:
         both_empty = mbarrier.allocate_mbarrier(batch=STAGES, two_ctas=True)
@@ -675,25 +675,15 @@ def lbg_fused_ws(
     )
     result = (out, stride_om)
     gdc_launch_dependents()
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (consume, (0, result, rings, tiling, OUT_BY_TMA)),
-                (consume, (1, result, rings, tiling, OUT_BY_TMA)),
-                (load, (x, weight, weight_piece, (scale_ptr, shift_ptr), rings, tiling)),
-            ],
-            worker_num_warps=[4, 1],
-            worker_num_regs=[240, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (0, result, rings, tiling, OUT_BY_TMA)),
-                (load, (x, weight, weight_piece, (scale_ptr, shift_ptr), rings, tiling)),
-            ],
-            worker_num_warps=[1],
-            worker_num_regs=[24],
-        )
+    gl.warp_specialize(
+        [
+            (consume, (0, result, rings, tiling, OUT_BY_TMA)),
+            (consume, (1, result, rings, tiling, OUT_BY_TMA)),
+            (load, (x, weight, weight_piece, (scale_ptr, shift_ptr), rings, tiling)),
+        ],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[240, 24],
+    )
 
 
 @gluon.constexpr_function
@@ -791,9 +781,10 @@ def load_weight(weight, first_n, k, full, rings, stage, parity, COLUMNS: gl.cons
 
 
 @gluon.jit
-def x_rows(FIRST_ROW: gl.constexpr, rings, stage):
-    """One consumer's rows of a slot of x."""
+def x_rows(FIRST_ROW: gl.constexpr, rings, step):
+    """One consumer's rows of a step's slot of x."""
     ROWS: gl.constexpr = rings.out.shape[1]
+    stage, _ = stage_of(step, rings.x_full)
     if rings.x.shape[1] == ROWS:
         return rings.x.index(stage * rings.X_BOXES + FIRST_ROW // ROWS)
     else:
@@ -807,12 +798,10 @@ def consume(WHO: gl.constexpr, result, rings, tiling, OUT_BY_TMA: gl.constexpr):
     gdc_wait()
     step = TURN * tiling.steps()
     done = TURN
-    parity = WHO ^ 1  # of the turn; the first is the first consumer's
     for tile in range(gl.program_id(0) + TURN * gl.num_programs(0), tiling.whole(), TURNS * gl.num_programs(0)):
         if tiling.IN_TURN:
             # A wait tells odd rounds of a ring from even ones, no more: none may begin while the other's steps are out.
-            mbarrier.wait(rings.turn.index(WHO), parity)
-            parity ^= 1
+            wait_for_turn(WHO, rings, done // TURNS)
         step = consume_tile(WHO, tile, 0, step, done, result, rings, tiling, tiling.TILE_N, OUT_BY_TMA)
         if tiling.IN_TURN:
             step += tiling.steps()  # the other's
@@ -849,15 +838,16 @@ def consume_tile(
     # The loops count steps: against K itself, each pass would read K again, in the way of what it waits for. On an H100
     # the cluster's tile took 8 % less with a float32 x, 266 to 244 us at 4096x4096x4096 to float32.
     if rings.x.dtype == rings.weight.dtype:
-        acc = multiply(FIRST_ROW, rings, zeros, step, COLUMNS, False)
+        acc = multiply(WHO, x_rows(FIRST_ROW, rings, step), rings, tiling, zeros, step, COLUMNS, False)
         step += 1
         for _ in range(1, tiling.steps()):
-            acc = multiply(FIRST_ROW, rings, acc, step, COLUMNS, True)
+            acc = multiply(WHO, x_rows(FIRST_ROW, rings, step), rings, tiling, acc, step, COLUMNS, True)
             # With this step's product under way, the last one's operands are done with.
             acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
             release(rings, step - 1)
             step += 1
-        end_turn(WHO, rings, tiling)
+        if tiling.IN_TURN:  # all of this consumer's operands have come
+            end_turn(WHO, rings)
         first_m, first_n = tiling.origin(tile, piece, COLUMNS)
         wait_for_vectors(rings, done)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
@@ -866,14 +856,17 @@ def consume_tile(
         acc = zeros
         x = rounded(FIRST_ROW, rings, step, ACCUMULATOR)
         for nth in range(1, tiling.steps()):
-            acc = multiply_rounded(x, rings, acc, step, COLUMNS, nth > 1)
+            acc = multiply(WHO, x, rings, tiling, acc, step, COLUMNS, nth > 1)
+            release_x(rings, step)
             next_x = rounded(FIRST_ROW, rings, step + 1, ACCUMULATOR)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             release(rings, step)
             x = next_x
             step += 1
-        acc = multiply_rounded(x, rings, acc, step, COLUMNS, tiling.steps() > 1)
-        end_turn(WHO, rings, tiling)
+        acc = multiply(WHO, x, rings, tiling, acc, step, COLUMNS, tiling.steps() > 1)
+        release_x(rings, step)
+        if tiling.IN_TURN:  # all of this consumer's operands have come
+            end_turn(WHO, rings)
         first_m, first_n = tiling.origin(tile, piece, COLUMNS)
         wait_for_vectors(rings, done)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
@@ -884,19 +877,29 @@ def consume_tile(
 
 
 @gluon.jit
-def end_turn(WHO: gl.constexpr, rings, tiling):
-    """All of this consumer's operands have come: the other may begin to wait for its own."""
-    if tiling.IN_TURN:
-        mbarrier.arrive(rings.turn.index(1 - WHO))
+def multiply(WHO: gl.constexpr, x, rings, tiling, acc, step, COLUMNS: gl.constexpr, add):
+    """Begins acc + x @ weight.T of one step, of an x in shared memory or in registers; without add, x @ weight.T."""
+    # Pieces, which follow all whole tiles, are bound by their loads: turns cost a float32 x 1 % at 4096x4104x4096.
+    BY_TURNS: gl.constexpr = not tiling.IN_TURN and COLUMNS == tiling.TILE_N
+    stage, parity = stage_of(step, rings.full)
+    mbarrier.wait(rings.full.index(stage), parity)
+    if BY_TURNS:
+        wait_for_turn(WHO, rings, step)
+    acc = warpgroup_mma(x, weight_columns(rings, stage, COLUMNS), acc, use_acc=add, is_async=True)
+    if BY_TURNS:
+        end_turn(WHO, rings)
+    return acc
 
 
 @gluon.jit
-def multiply(FIRST_ROW: gl.constexpr, rings, acc, step, COLUMNS: gl.constexpr, ADD: gl.constexpr):
-    """Begins acc + x @ weight.T for one consumer's rows of one step; without ADD, x @ weight.T."""
-    stage, parity = stage_of(step, rings.full)
-    mbarrier.wait(rings.full.index(stage), parity)
-    x = x_rows(FIRST_ROW, rings, stage)
-    return warpgroup_mma(x, weight_columns(rings, stage, COLUMNS), acc, use_acc=ADD, is_async=True)
+def wait_for_turn(WHO: gl.constexpr, rings, turn):
+    """Until the other consumer's turn of the same number, or of the one before it, has ended."""
+    mbarrier.wait(rings.turn.index(WHO), (turn + 1 + WHO) & 1)
+
+
+@gluon.jit
+def end_turn(WHO: gl.constexpr, rings):
+    mbarrier.arrive(rings.turn.index(1 - WHO))
 
 
 @gluon.jit
@@ -906,25 +909,19 @@ def weight_columns(rings, stage, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def multiply_rounded(x, rings, acc, step, COLUMNS: gl.constexpr, add):
-    """multiply() of an x in registers, whose slot then is free.
-
-    No sooner: an arrival does not wait for loads that are on their way, and what the TMA unit writes does not queue
-    behind them. wgmma does wait for its registers.
-    """
-    stage, parity = stage_of(step, rings.full)
-    mbarrier.wait(rings.full.index(stage), parity)
-    acc = warpgroup_mma(x, weight_columns(rings, stage, COLUMNS), acc, use_acc=add, is_async=True)
-    mbarrier.arrive(rings.x_empty.index(stage))
-    return acc
-
-
-@gluon.jit
 def rounded(FIRST_ROW: gl.constexpr, rings, step, ACCUMULATOR: gl.constexpr):
     """One consumer's rows of a step's x, in weight's dtype, as wgmma takes them from registers."""
     stage, parity = stage_of(step, rings.x_full)
     mbarrier.wait(rings.x_full.index(stage), parity)
-    return load_spread(x_rows(FIRST_ROW, rings, stage), ACCUMULATOR).to(rings.weight.dtype)
+    return load_spread(x_rows(FIRST_ROW, rings, step), ACCUMULATOR).to(rings.weight.dtype)
+
+
+@gluon.jit
+def release_x(rings, step):
+    """Gives back a step's float32 x, whose product has begun. No sooner: an arrival does not wait for loads that are on
+    their way, and what the TMA unit writes does not queue behind them. wgmma does wait for its registers."""
+    stage, _ = stage_of(step, rings.x_empty)
+    mbarrier.arrive(rings.x_empty.index(stage))
 
 
 @gluon.jit
@@ -961,10 +958,10 @@ def finish(WHO: gl.constexpr, acc, done, first_m, first_n, result, rings, tiling
     """Scales, shifts, activates and stores one consumer's rows of a tile, a block of columns after another.
 
     By halves, which run the same instructions: two consumers' programs are more than an SM holds of them, and missed
-    what they had pushed out of each other, on an H100 a million times at 16384x4096x4096 with a float32 x. That takes
-    up to 6 % less time now where a tile has few steps, and 12 % less at 2048x3072x768 to float32; but 1 to 3 % more to
-    float16 at 16384x4096x4096 and 4096x11008x4096. With a float16 x it is within 3 % either way. A float32 x's
-    ping-pong kernel would have its rounding in another place, and take 7 % longer at 512x4096x4096.
+    what they had pushed out of each other, on an H100 a million times at 16384x4096x4096 with a float32 x. Without
+    halves a 16-bit x takes 1 to 6 % longer, a float32 x up to 7 % where a tile has few steps, and 17 % at 2048x3072x768
+    to float32; but 2 to 3 % less at 16384x4096x4096. A float32 x's ping-pong kernel would have its rounding in another
+    place, and take 7 % longer at 512x4096x4096.
     """
     ROWS: gl.constexpr = rings.out.shape[1]
     PARTS: gl.constexpr = acc.shape[1] // rings.out.shape[2]

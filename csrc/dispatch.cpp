@@ -139,14 +139,6 @@ int64_t places(const Config& c, int32_t sm_count) {
   return c.cluster == 1 ? sm_count : std::max(1, sm_count / c.cluster);
 }
 
-// Into how many pieces, up to `most`, the tiles of a last wave are cut: aot/hopper.py's Tiling.cut(). Of one kernel, or
-// of a Pair.
-template <typename Number>
-Number cut(Number most, Number last, Number at_once) {
-  const Number one = Number{} + 1, room = 4 * last <= at_once ? 4 * one : 2 * last <= at_once ? 2 * one : one;
-  return room < most ? room : most;
-}
-
 // Whether it waits by itself for what the stream ran before it, but is better off if it need not: lbg.h's early(). All
 // of it is looked at, as predicted_us() has no use for branches.
 bool late(const Config& c, const Problem& p, int32_t sm_count) {
@@ -154,37 +146,11 @@ bool late(const Config& c, const Problem& p, int32_t sm_count) {
   return c.tma & !c.persistent & (c.tile_m <= 64) & (p.m > 2 * c.tile_m) & (2 * count > sm_count) & (p.k > 1024);
 }
 
-// What one of as many pieces of a tile takes, a tile 20: kShared, in whole numbers.
-constexpr int64_t piece_time(int64_t pieces) { return 8 + 12 / pieces; }
-static_assert(20 * kShared == 8 && piece_time(1) == 20);
-
-// What `count` tiles of a kernel that cuts quarters take, in the same unit.
-int64_t tile_time(int64_t count, int64_t at_once) {
-  const int64_t waves = count / at_once, last = count - waves * at_once;
-  return piece_time(1) * waves + (last ? piece_time(cut<int64_t>(4, last, at_once)) : 0);
-}
-
-// Whether the last columns, of `rows` tiles beside so many `whole` ones, are computed as pieces of their own: if half
-// of a tile is enough for them, or a quarter, and if they then take no longer. aot/hopper.py's narrow_columns().
-bool narrow(const Config& c, const Problem& p, int64_t rows, int64_t whole, int64_t at_once) {
-  const int64_t columns = p.n & (c.tile_n - 1);
-  if (c.pieces != 4 || !columns || 2 * columns > c.tile_n) return false;
-  const int64_t pieces = 4 * columns <= c.tile_n ? 4 : 2;
-  const int64_t last = whole % at_once, parts = cut<int64_t>(4, last, at_once), free = at_once - parts * last;
-  const bool beside = last && (2 * rows * parts <= free * pieces || rows <= free);
-  const int64_t rounds = beside ? 0 : (rows + at_once - 1) / at_once;
-  return tile_time(whole, at_once) + rounds * piece_time(pieces) <= tile_time(whole + rows, at_once);
-}
-
 }  // namespace
 
 int64_t grid(const Config& c, const Problem& p, int32_t sm_count) {
   if (!c.persistent) return c.cluster * tiles(c, p);
-  const int64_t at_once = places(c, sm_count) * c.ctas_per_sm;
-  const int64_t rows = tiles_of(p.m, c.tile_m), all = tiles(c, p), whole = all - rows;
-  const int64_t pieces = narrow(c, p, rows, whole, at_once) ? whole * cut<int64_t>(c.pieces, whole, at_once) + rows
-                                                            : all * cut<int64_t>(c.pieces, all, at_once);
-  return c.cluster * std::min(pieces, at_once);
+  return c.cluster * std::min(c.pieces * tiles(c, p), places(c, sm_count) * c.ctas_per_sm);
 }
 
 uint32_t box_rows(int64_t rows, uint32_t most) {
@@ -243,6 +209,12 @@ using Pair = double __attribute__((vector_size(16)));
 Pair both(double value) { return Pair{value, value}; }
 Pair min(Pair a, Pair b) { return b < a ? b : a; }
 Pair max(Pair a, Pair b) { return a < b ? b : a; }
+
+// Into how many pieces, up to `most`, the tiles of a last wave are cut: aot/hopper.py's Tiling.cut().
+Pair cut(Pair most, Pair last, Pair at_once) {
+  const Pair room = 4 * last <= at_once ? both(4) : 2 * last <= at_once ? both(2) : both(1);
+  return min(room, most);
+}
 
 // Quotients to whole numbers, which all doubles from 2^52 on are: a sum there is rounded to the nearest. For divisors
 // up to 2^16.

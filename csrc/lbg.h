@@ -176,7 +176,8 @@ constexpr double kNoRoomUs = 0.45;
 
 int64_t tiles(const Config& config, const Problem& problem);
 
-// CTAs of a launch: one a tile, or a cluster, and no more than fit on the GPU at once if they are persistent.
+// CTAs of a launch: one a tile, or a cluster. If they are persistent, one a piece that its tiles may be cut into, and
+// no more than fit on the GPU at once: which of them have work the kernel knows (aot/hopper.py's Tiling).
 int64_t grid(const Config& config, const Problem& problem, int32_t sm_count);
 
 // Rows of a box of up to `most` over a matrix of so many: rounded up to 1, 2, 4 or a multiple of 8, so that the TMA

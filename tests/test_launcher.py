@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import lbg
-from aot import fitting, rules
+from aot import fitting
 from aot.chips import is_full_rate
 from tests import cases
 from tests.bench import fit
@@ -118,8 +118,7 @@ def test_every_launch_is_right(start: Start) -> None:
         grid = rows * columns
         if config.persistent:
             at_once = config.ctas_per_sm * 132 // config.cluster
-            narrow = rows if config.pieces == 4 and 0 < n % config.tile_n <= config.tile_n // 2 else 0  # of so few rows
-            grid = min((grid - narrow) * rules.cut(config, grid - narrow, at_once) + narrow, at_once)
+            grid = min(grid * config.pieces, at_once)
         grid *= config.cluster
         assert call["symbol"] == config.symbol and call["context"] == (config.arch == 90), config
         assert (call["grid"], call["block"]) == ([grid, 1, 1], [config.warps * 32, 1, 1]), config
@@ -177,7 +176,7 @@ show(texts)""", gpus=HOPPER)  # fmt: skip
         wanted = {
             0x10000: ([4096, 16384], [4096 * bytes], {128}),
             0x20000: ([4096, 4096], [8192], {256, 64}),  # a tile's, and of a quarter of one
-            0x50000: ([4096, 16384], [4096 * bytes], {128, 64}),  # of a tile, or of half of its rows
+            0x50000: ([4096, 16384], [4096 * bytes], {64}),  # of half of a tile's rows
         }
         for data, (sizes, strides, rows) in wanted.items():
             if (dtype, data) == (7, 0x20000):
@@ -201,7 +200,7 @@ with lbg.override(symbol):
     assert [(call["sizes"], call["box"][1]) for call in maps] == [([128, m], rows) for m, rows in sizes.items()]
 
 
-def test_the_tiles_of_a_last_wave_are_cut_if_their_pieces_have_a_place(start: Start) -> None:
+def test_a_launch_has_a_cta_for_each_piece_or_fills_the_gpu(start: Start) -> None:
     outcome = start("""
 texts = []
 for kernel, symbol in ((kernel, next(c.symbol for c in lbg.configs() if c.symbol.endswith(kernel)))
@@ -211,27 +210,9 @@ for kernel, symbol in ((kernel, next(c.symbol for c in lbg.configs() if c.symbol
 show(texts)""", gpus=HOPPER)  # fmt: skip
     assert outcome.printed == [""] * 18
     grids = [call["grid"][0] for call in outcome.of("cuLaunchKernelEx")]
-    assert grids[:6] == [4, 132, 68, 132, 67, 132]  # one SM for a quarter of a tile, for half, for all of it
+    assert grids[:6] == [4, 132, 132, 132, 132, 132]  # an SM for a quarter of a tile, where there are as many
     assert grids[6:12] == [2, 66, 68, 132, 132, 132]  # tiles of half the size, none of them cut
-    assert grids[12:] == [8, 68, 68, 132, 68, 132]  # two SMs a tile, of twice the size
-
-
-def test_narrow_last_columns_are_pieces_if_they_take_no_longer(start: Start) -> None:
-    outcome = start("""
-texts = []
-for kernel, symbol in ((kernel, next(c.symbol for c in lbg.configs() if c.symbol.endswith(kernel)))
-                       for kernel in ("_128x256x64_w12_s4_ws", "_256x256x64_w12_s4_c2_ws")):
-    with lbg.override(symbol):
-        texts += [launch(rows, columns, 64) for rows, columns in ((300, 336), (2560, 280), (5120, 280), (6400, 280),
-                                                                  (6706, 280), (300, 392))]
-show(texts)""", gpus=HOPPER)  # fmt: skip
-    assert outcome.printed == [""] * 12
-    grids = [call["grid"][0] for call in outcome.of("cuLaunchKernelEx")]
-    # Rows of tiles: 3 of a tile in quarters and half of one, 20 of one in quarters and a quarter, 40 of one in halves
-    # and a quarter; for 50 of those, or 53, there is no place, so all are tiles; and 3 of one and more than half.
-    assert grids[:6] == [3 * 4 + 3, 20 * 4 + 20, 40 * 2 + 40, 50 * 2, 53 * 2, 3 * 2 * 4]
-    # Of tiles of twice the rows on 66 clusters: as above, but no place for 25 and 27.
-    assert grids[6:] == [2 * clusters for clusters in (2 * 4 + 2, 10 * 4 + 10, 20 * 2 + 20, 25 * 2, 27 * 2, 2 * 2 * 4)]
+    assert grids[12:] == [8, 132, 132, 132, 132, 132]  # two SMs for a quarter of a tile of twice the size
 
 
 def test_a_tensor_map_is_made_once_a_thread_and_anew_for_what_differs(start: Start) -> None:

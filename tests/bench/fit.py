@@ -8,7 +8,7 @@ With --any-rows both are of kernels for rows that start anywhere, at sizes off 8
 a tuner's of the same GPU, adds its times of kernels that are shipped now and were not measured then; with --validate
 --from, --costs FILE (evidence) chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for
 and no triton. Every result is checked before it is timed. Times are medians of rounds in random order, of graphs whose
-weights are not in L2.
+weights are not in L2; to validate, of three times as many rounds where kernels are within 10 % of the best.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ LONGEST = 16384
 FIT_SEED, SEED = 1, 2  # of the random shapes to fit to, and of those to validate with
 POOL_ELEMENTS = LONGEST * LONGEST
 HOST_US = 150  # a first call of less is mostly the host's
+# Of the best one's time, what a kernel may take to be timed CLOSER times as often: the least of a few medians that are
+# near each other is too small, and whichever is chosen then seems to be off it.
+CLOSE, CLOSER = 1.1, 3
 # of a check against float64: float32 accumulation over K=16384, or float16 partial sums; a wrong tile is far above
 ERROR_BOUND = 2e-3
 
@@ -215,20 +218,20 @@ def explain(
     return found
 
 
-def measure(bench: Bench, case: Case, order: random.Random, rounds: int = 7) -> list[Time]:
+def measure(bench: Bench, case: Case, order: random.Random, closer: bool = False) -> list[Time]:
     """Every kernel that takes the case and relies on most, as dispatch has it, or on as much as stores to any address:
     checked, then timed."""
     explanation = explain(case, bench.arguments(case, 1)[0])
     legal = [candidate.config for candidate in explanation.candidates if candidate.why_not is None]
     rows = [config for config in legal if config.aligned] or contenders(legal, lambda config: config)
-    medians, wrong = time_kernels(bench, case, [row.symbol for row in rows], order, rounds)
+    medians, wrong = time_kernels(bench, case, [row.symbol for row in rows], order, closer=closer)
     if wrong:
         raise RuntimeError(next(iter(wrong.values())))
     return [Time(case.m, case.n, case.k, row.symbol, medians[row.symbol], row == explanation.chosen) for row in rows]
 
 
 def time_kernels(
-    bench: Bench, case: Case, symbols: list[str], order: random.Random, rounds: int = 7
+    bench: Bench, case: Case, symbols: list[str], order: random.Random, rounds: int = 7, closer: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
     """(median us of each kernel that is right, what is wrong with each other one): checked first, then in turns."""
     arguments, out = bench.arguments(case, copies_of(case)), bench.out(case)
@@ -270,10 +273,19 @@ def time_kernels(
                 for each in arguments[:copies]:
                     call(case, each, out)
     times: dict[str, list[float]] = {symbol: [] for symbol in graphs}
-    for _ in range(rounds if best < 2000 else 3):
-        for symbol, graph in order.sample(list(graphs.items()), len(graphs)):
-            times[symbol].append(timed_us(graph.replay, bench.evict) / copies)
-    return medians | {symbol: statistics.median(values) for symbol, values in times.items()}, wrong
+    rounds = rounds if best < 2000 else 3
+
+    def go_round(symbols: list[str], count: int) -> dict[str, float]:
+        for _ in range(count):
+            for symbol in order.sample(symbols, len(symbols)):
+                times[symbol].append(timed_us(graphs[symbol].replay, bench.evict) / copies)
+        return {symbol: statistics.median(values) for symbol, values in times.items()}
+
+    timed = go_round(list(graphs), rounds)
+    if closer:
+        close = [symbol for symbol, us in timed.items() if us <= CLOSE * min(timed.values())]
+        timed = go_round(close, (CLOSER - 1) * rounds)
+    return medians | timed, wrong
 
 
 def shipped_here() -> dict[str, lbg.Config]:
@@ -286,10 +298,12 @@ def shipped_here() -> dict[str, lbg.Config]:
     return kernels
 
 
-def measure_all(kernels: dict[str, lbg.Config], wanted: list[Case], commit: str | None = None) -> Run:
+def measure_all(
+    kernels: dict[str, lbg.Config], wanted: list[Case], commit: str | None = None, closer: bool = False
+) -> Run:
     bench, order, times = Bench(), random.Random(0), []
     for index, case in enumerate(wanted):
-        times += measure(bench, case, order)
+        times += measure(bench, case, order, closer)
         if sys.stderr.isatty() or index % 100 == 99:
             print(f"\r{index + 1} of {len(wanted)} shapes", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -419,7 +433,7 @@ def main() -> None:
         with torch.inference_mode():
             seed = seed if arguments.seed is None else arguments.seed
             wanted = draw(classes, arguments.count or 200, seed, arguments.any_rows)
-            run = measure_all(kernels, wanted, arguments.commit)
+            run = measure_all(kernels, wanted, arguments.commit, closer=arguments.validate)
     if arguments.times:
         run.save(arguments.times)
     if arguments.journal:

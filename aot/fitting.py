@@ -134,8 +134,14 @@ def reads(config: Kernel, shapes: np.ndarray, at_once: int, l2_bytes: float) -> 
     m, n, k = shapes.T
     x, weight = ELEMENT_BYTES[config.x], ELEMENT_BYTES[config.weight]
     tiles_m, tiles_n = -(-m // config.tile_m), -(-n // config.tile_n)
+    if config.tma and not config.persistent:
+        x_is_larger = m * x > n * weight
+        along, across = np.where(x_is_larger, (tiles_m, tiles_n), (tiles_n, tiles_m))
+        held = np.minimum(m * x, n * weight) * k <= l2_bytes
+        times = np.where(held, 1, -(-along // np.maximum(1, at_once // across)))
+        return np.where(x_is_larger, 1, times), np.where(x_is_larger, times, 1)
     group = np.where(config.persistent & (tiles_n <= FEW_COLUMNS), FEW_COLUMNS_GROUP_M, GROUP_M)
-    group = np.minimum(group, tiles_m) if config.persistent or not config.tma else tiles_m
+    group = np.minimum(group, tiles_m)
     group_bytes = np.minimum(group * config.tile_m, m) * k * x
     x_reads = np.where(group_bytes <= l2_bytes, 1, -(-tiles_n // np.maximum(1, at_once // group)))
     stays = n * k * weight + group_bytes <= l2_bytes

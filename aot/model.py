@@ -157,11 +157,16 @@ def waves(config: Config, tiles: int, at_once: int) -> Iterator[tuple[float, int
 def dram_bytes(config: Config, at_once: int, m: int, n: int, k: int, l2_bytes: float) -> int:
     """Bytes to and from DRAM, of `at_once` tiles on the GPU: the result once; x once, or once for each set of tile
     columns in flight if L2 does not hold a group's x; weight once, or once for each group, or set of groups in flight,
-    if it does not stay in L2 beside a group's x."""
+    if it does not stay in L2 beside a group's x. Those that are not persistent but load through tensor maps read the
+    larger operand once, and the smaller one, too, or once for each set of the larger one's rows in flight."""
     x, weight, out = (ELEMENT_BYTES[dtype] for dtype in (config.x, config.weight, config.out))
     tiles_m, tiles_n = up(m, config.tile_m), up(n, config.tile_n)
-    group = FEW_COLUMNS_GROUP_M if config.persistent and tiles_n <= FEW_COLUMNS else GROUP_M
-    group = min(group, tiles_m) if config.persistent or not config.tma else tiles_m
+    if config.tma and not config.persistent:
+        sizes = (m * k * x, tiles_m), (n * k * weight, tiles_n)
+        (smaller, across), (larger, along) = sorted(sizes, key=lambda operand: operand[0])
+        reads = 1 if smaller <= l2_bytes else up(along, max(1, at_once // across))
+        return larger + reads * smaller + m * n * out
+    group = min(FEW_COLUMNS_GROUP_M if config.persistent and tiles_n <= FEW_COLUMNS else GROUP_M, tiles_m)
     group_bytes = min(group * config.tile_m, m) * k * x
     x_reads = 1 if group_bytes <= l2_bytes else up(tiles_n, max(1, at_once // group))
     weight_reads = 1 if n * k * weight + group_bytes <= l2_bytes else up(tiles_m, max(group, at_once // tiles_n))

@@ -191,8 +191,14 @@ Work work(const Problem& p) {
 double dram_bytes(const Config& c, const Problem& p, const Work& w, int64_t at_once, int32_t sm_count) {
   const double held = static_cast<double>(sm_count) * c.l2_bytes_per_sm;
   const int64_t tiles_m = tiles_of(p.m, c.tile_m), tiles_n = tiles_of(p.n, c.tile_n);
-  int64_t group = c.persistent && tiles_n <= kFewColumns ? kFewColumnsGroup : kGroup;
-  group = c.tma && !c.persistent ? tiles_m : std::min(group, tiles_m);
+  if (c.tma && !c.persistent) {
+    const bool x_is_larger = w.x_bytes > w.weight_bytes;
+    const double larger = std::max(w.x_bytes, w.weight_bytes), smaller = std::min(w.x_bytes, w.weight_bytes);
+    const int64_t along = x_is_larger ? tiles_m : tiles_n, across = x_is_larger ? tiles_n : tiles_m;
+    const int64_t reads = smaller > held ? ceil_div(along, std::max<int64_t>(1, div(at_once, across))) : 1;
+    return larger + static_cast<double>(reads) * smaller + w.out_bytes;
+  }
+  const int64_t group = std::min(c.persistent && tiles_n <= kFewColumns ? kFewColumnsGroup : kGroup, tiles_m);
   const int64_t rows = group * c.tile_m;
   const double group_x = rows < p.m ? w.x_bytes * static_cast<double>(rows) / static_cast<double>(p.m) : w.x_bytes;
   int64_t x_reads = 1, weight_reads = 1;

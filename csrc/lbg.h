@@ -150,10 +150,11 @@ const char* why_not(const Config& config, const Problem& problem, Alignment poin
 //                  + (if it loads through tensor maps: kLateUs, if early() says no; kNoRoomUs, if the tiles of two such
 //                     launches are not on the GPU at once)
 //
-// CTAs walk tiles in groups of 8 tile rows (of 4, if they are persistent and a row has up to 16 tiles; of all, if they
-// load through tensor maps and are not persistent), down a group's rows, then on to its next columns. x is read once if
-// L2 holds a group's, else once for each set of columns in flight; weight once if L2 holds it beside a group's x, else
-// once for each group, or set of groups in flight.
+// CTAs walk tiles in groups of 8 tile rows (of 4, if they are persistent and a row has up to 16 tiles), down a group's
+// rows, then on to its next columns. x is read once if L2 holds a group's, else once for each set of columns in flight;
+// weight once if L2 holds it beside a group's x, else once for each group, or set of groups in flight. Those that load
+// through tensor maps and are not persistent go through all of the smaller operand, then on along the larger one, which
+// is read once; the smaller one, too, if L2 holds it, else once for each set of the larger one's rows in flight.
 //
 // A persistent kernel's CTAs take tiles in waves all the same, so one formula serves both. Memory and work overlap but
 // not wholly: where both take as long, they take 1.19 times that. It also ranks kernels where memory bounds them all. A

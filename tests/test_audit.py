@@ -228,12 +228,14 @@ def test_a_weight_that_l2_does_not_hold_is_read_by_each_group_of_rows() -> None:
     assert model.dram_bytes(replace(PINGPONG, tile_n=256), 132, *LARGE, 2**24) == once + 15 * 2 * 4096 * 4096
 
 
-def test_an_x_that_l2_does_not_hold_is_read_for_each_set_of_columns_in_flight() -> None:
-    m, n, k = 8192, 96, 4096
-    once = 4 * m * k + 2 * n * k + 2 * m * n
-    tall = replace(RING, tile_n=32, out="f16")  # 128 rows of tiles, of 3 columns; 132 CTAs have one in flight
-    assert model.dram_bytes(tall, 132, m, n, k, 2**28) == once
-    assert model.dram_bytes(tall, 132, m, n, k, 2**24) == once + 2 * 4 * m * k
+def test_a_ring_reads_the_smaller_operand_for_each_set_of_the_larger_ones_rows_in_flight() -> None:
+    k, ring = 4096, replace(RING, tile_n=32, out="f16")
+    # (M, N), bytes of the smaller operand, how often it is read if L2 does not hold it: of 128 rows of tiles, of 128
+    # columns, 132 CTAs have one in flight; of 512 columns, of 64 rows, two
+    for (m, n), smaller, reads in (((8192, 4096), 2 * 4096 * k, 128), ((4096, 16384), 4 * 4096 * k, 512 // 2)):
+        once = 4 * m * k + 2 * n * k + 2 * m * n
+        assert model.dram_bytes(ring, 132, m, n, k, smaller) == once
+        assert model.dram_bytes(ring, 132, m, n, k, smaller - 1) == once + (reads - 1) * smaller
 
 
 RING = replace(ADA_X16, arch=90, kernel="ring", warps=8, tile_m=64, tile_k=64, x="f32")

@@ -101,8 +101,8 @@ def lbg_fused_ring(
     # Neighbours share rows of the larger operand, which then is less often read twice: on an H100 1099x224x12096 takes
     # 21.5 us for 33.6, a float32 x 35.0 for 59.7; but where x is the smaller one, as at 256x4096x4096, 25.7 for 17.4.
     tiles_m, tiles_n = gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N)
-    SIZE: gl.constexpr = x.dtype.primitive_bitwidth // weight.dtype.primitive_bitwidth
-    x_is_larger = N // SIZE < M
+    X_SIZE: gl.constexpr = x.dtype.primitive_bitwidth // weight.dtype.primitive_bitwidth  # of an element, weight's 1
+    x_is_larger = N // X_SIZE < M
     tile_m = gl.where(x_is_larger, gl.program_id(0) // tiles_n, gl.program_id(0) % tiles_m)
     tile_n = gl.where(x_is_larger, gl.program_id(0) % tiles_n, gl.program_id(0) // tiles_m)
     first_m = full_box(tile_m * TILE_M, M, TILE_M)
@@ -135,7 +135,8 @@ def ask_l2(ptr, stride, first, rows, K, ROWS: gl.constexpr, DEPTH: gl.constexpr)
     """Has L2 read the first DEPTH of K of ROWS rows, a line by a thread. Past an edge, the last row or column again."""
     LINES: gl.constexpr = DEPTH * ptr.dtype.element_ty.primitive_bitwidth // 8 // LINE_BYTES
     LINE: gl.constexpr = DEPTH // LINES
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // min(LINES, 32), min(LINES, 32)], [gl.num_warps(), 1], [1, 0])
+    ALONG_K: gl.constexpr = min(LINES, LANES)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [LANES // ALONG_K, ALONG_K], [gl.num_warps(), 1], [1, 0])
     row = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), rows - 1)
     k = gl.minimum(gl.arange(0, LINES, gl.SliceLayout(0, LAYOUT)) * LINE, K - 1)
     line = ptr + (gl.expand_dims(row.to(gl.int64) * stride, 1) + gl.expand_dims(k, 0))
@@ -651,7 +652,7 @@ def lbg_fused_ws(
         x_full, x_empty = allocate_barriers(STAGES, 1, SHARED_BY)
     # Each block of a tile's columns needs its part of scale and shift, for which it would wait if it read it from L2:
     # on an H100 16384x4096x4096 takes 866.9 us for 880.9, 1024x4096x4096 54.1 for 55.6.
-    TILES: gl.constexpr = 2 if IN_TURN else 1
+    TILES: gl.constexpr = CONSUMERS // SHARED_BY
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=whole_vector(gl.num_ctas()))
     vectors = gl.allocate_shared_memory(gl.float32, [TILES * 2 * EPILOGUE_PARTS, COLUMNS], VECTOR)
     vectors_full, vectors_empty = allocate_barriers(TILES, LANES, SHARED_BY)
@@ -798,7 +799,7 @@ def x_rows(FIRST_ROW: gl.constexpr, rings, step):
 
 @gluon.jit
 def consume(WHO: gl.constexpr, result, rings, tiling, OUT_BY_TMA: gl.constexpr):
-    TURNS: gl.constexpr = 2 if tiling.IN_TURN else 1
+    TURNS: gl.constexpr = CONSUMERS if tiling.IN_TURN else 1
     TURN: gl.constexpr = WHO if tiling.IN_TURN else 0
     gdc_wait()
     step = TURN * tiling.steps()
@@ -851,12 +852,6 @@ def consume_tile(
             acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
             release(rings, step - 1)
             step += 1
-        if tiling.IN_TURN:  # all of this consumer's operands have come
-            end_turn(WHO, rings)
-        first_m, first_n = tiling.origin(tile, piece, COLUMNS)
-        wait_for_vectors(rings, done)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        release(rings, step - 1)
     else:
         acc = zeros
         x = rounded(FIRST_ROW, rings, step, ACCUMULATOR)
@@ -870,13 +865,13 @@ def consume_tile(
             step += 1
         acc = multiply(WHO, x, rings, tiling, acc, step, COLUMNS, tiling.steps() > 1)
         release_x(rings, step)
-        if tiling.IN_TURN:  # all of this consumer's operands have come
-            end_turn(WHO, rings)
-        first_m, first_n = tiling.origin(tile, piece, COLUMNS)
-        wait_for_vectors(rings, done)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        release(rings, step)
         step += 1
+    if tiling.IN_TURN:  # all of this consumer's operands have come
+        end_turn(WHO, rings)
+    first_m, first_n = tiling.origin(tile, piece, COLUMNS)
+    wait_for_vectors(rings, done)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    release(rings, step - 1)
     finish(WHO, acc, done, first_m + FIRST_ROW, first_n, result, rings, tiling, OUT_BY_TMA)
     return step
 

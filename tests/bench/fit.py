@@ -231,9 +231,10 @@ def measure(bench: Bench, case: Case, order: random.Random, closer: bool = False
 
 
 def time_kernels(
-    bench: Bench, case: Case, symbols: list[str], order: random.Random, rounds: int = 7, closer: bool = False
+    bench: Bench, case: Case, symbols: list[str], order: random.Random, closer: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """(median us of each kernel that is right, what is wrong with each other one): checked first, then in turns."""
+    """(median us of each kernel that is right, what is wrong with each other one): checked first, then in turns; if
+    `closer`, CLOSER times as often where they are close to the best one."""
     arguments, out = bench.arguments(case, copies_of(case)), bench.out(case)
     medians: dict[str, float] = {}
     wrong: dict[str, str] = {}
@@ -273,7 +274,7 @@ def time_kernels(
                 for each in arguments[:copies]:
                     call(case, each, out)
     times: dict[str, list[float]] = {symbol: [] for symbol in graphs}
-    rounds = rounds if best < 2000 else 3
+    rounds = 7 if best < 2000 else 3
 
     def go_round(symbols: list[str], count: int) -> dict[str, float]:
         for _ in range(count):

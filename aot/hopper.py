@@ -567,7 +567,10 @@ class Tiling:
         whole."""
         tiles_m, tiles_n = self.rows(), self.columns()
         group = gl.where(gl.cdiv(self.N, self.TILE_N) > FEW_COLUMNS, 8, 4)
-        tile_m, tile_n = tile_position(tile, tiles_m, gl.maximum(tiles_n, 1), group)  # which divides by it
+        whole = tile
+        if COLUMNS < self.TILE_N:
+            whole = gl.where(tile < self.count(), tile, 0)  # an edge's number is no whole tile's
+        tile_m, tile_n = tile_position(whole, tiles_m, gl.maximum(tiles_n, 1), group)  # which divides by it
         if COLUMNS < self.TILE_N:
             edge = tile - self.count()
             tile_m, tile_n = gl.where(edge < 0, tile_m, edge), gl.where(edge < 0, tile_n, tiles_n)
@@ -960,14 +963,12 @@ def finish(WHO: gl.constexpr, acc, done, first_m, first_n, result, rings, tiling
     By halves, which run the same instructions: two consumers' programs are more than an SM holds of them, and missed
     what they had pushed out of each other, on an H100 a million times at 16384x4096x4096 with a float32 x. Without
     halves a 16-bit x takes 1 to 6 % longer, a float32 x up to 7 % where a tile has few steps, and 17 % at 2048x3072x768
-    to float32; but 2 to 3 % less at 16384x4096x4096. A float32 x's ping-pong kernel would have its rounding in another
-    place, and take 7 % longer at 512x4096x4096.
+    to float32; but 2 to 3 % less at 16384x4096x4096.
     """
     ROWS: gl.constexpr = rings.out.shape[1]
     PARTS: gl.constexpr = acc.shape[1] // rings.out.shape[2]
-    ROUNDS: gl.constexpr = rings.x.dtype != rings.weight.dtype
     slot, _ = stage_of(done, rings.vectors_full)
-    if PARTS < 2 * OUT_BUFFERS or (ROUNDS and tiling.IN_TURN):
+    if PARTS < 2 * OUT_BUFFERS:
         finish_parts(WHO, acc, slot, 0, first_m, first_n, result, rings, tiling, OUT_BY_TMA)
     else:
         HALF: gl.constexpr = accumulator_layout(acc.shape[1] // 2, gl.num_warps(), gl.num_ctas())

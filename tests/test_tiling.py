@@ -44,12 +44,6 @@ class Launch:
         self.names: dict[str, Any] = {"gl": gl, "tl": gl, "FEW_COLUMNS": hopper.FEW_COLUMNS.value}
         for helper in HELPERS:
             self.names[helper.fn.__name__] = self.python(helper)
-        within = self.names["tile_position"]
-        # Of a piece of the last columns, whose number is none of a whole tile's, the kernel asks too; it divides by 0
-        # then, which a GPU takes, and what comes of it is not used.
-        self.names["tile_position"] = lambda tile, rows, columns, group: (
-            within(tile, rows, columns, group) if tile < rows * columns else (None, None)
-        )
 
     def python(self, function: Any) -> FunctionType:
         return FunctionType(function.fn.__code__, self.names)

@@ -53,6 +53,9 @@ COMMAND = "python -m tests.bench.fit --fit"
 LONGEST = 16384
 FIT_SEED, SEED = 1, 2  # of the random shapes to fit to, and of those to validate with
 POOL_ELEMENTS = LONGEST * LONGEST
+# Of the time of a class's calls, what a kernel must spare them: less is within what two runs differ by.
+WORTHLESS = 5e-4
+TOLD_BY = 20  # shapes at least
 HOST_US = 150  # a first call of less is mostly the host's
 # Of the best one's time, what a kernel may take to be timed CLOSER times as often: the least of a few medians that are
 # near each other is too small, and whichever is chosen then seems to be off it.
@@ -340,25 +343,44 @@ def validation_cases(classes: list[Class], count: int, seed: int = SEED, any_row
 # ---- judging
 
 
-def regrets(run: Run, costs: dict[str, dict[str, float]] | None) -> list[dict[str, Any]]:
+Costs = dict[str, dict[str, float]]  # CONSTANTS by symbol
+
+
+def foreseen(run: Run, group: list[Time], costs: Costs) -> dict[str, float]:
+    """By symbol, the predicted us of those that dispatch has to choose among at one shape."""
+    fast = contenders(group, lambda time: run.kernels[time.symbol])
+    shape = np.array([(group[0].m, group[0].n, group[0].k)])
+    return {t.symbol: float(predicted_us(run.kernels[t.symbol], shape, run.sm_count, costs[t.symbol])[0]) for t in fast}
+
+
+def regrets(run: Run, costs: Costs | None) -> list[dict[str, Any]]:
     """A row a shape: how much longer the chosen kernel took than the best one. `costs` choose in the wheel's place."""
     rows = []
     for group in by_shape(run):
         best, chosen = min(group, key=lambda t: t.us), next((t for t in group if t.chosen), None)
-        if costs is not None:
-            kernels, shape = run.kernels, np.array([(best.m, best.n, best.k)])
-            fast = contenders(group, lambda t, kernels=kernels: kernels[t.symbol])
-            predicted = {
-                t.symbol: float(predicted_us(kernels[t.symbol], shape, run.sm_count, costs[t.symbol])[0]) for t in fast
-            }
-            chosen = min(fast, key=lambda t: predicted[t.symbol])
-        assert chosen is not None, group
+        if costs is not None or chosen is None:  # or what was chosen is shipped no more
+            predicted = foreseen(run, group, all_costs(run, {}) if costs is None else costs)
+            chosen = min((t for t in group if t.symbol in predicted), key=lambda t: predicted[t.symbol])
         row = {"shape": f"{best.m}x{best.n}x{best.k}", "off": round(chosen.us / best.us - 1, 4)}
         known = BENCHMARKS + ODD_BENCHMARKS
         row["kind"] = "benchmark" if (best.m, best.n, best.k) in known else "random"
         row |= {"chosen": chosen.symbol, "us": round(chosen.us, 2)}
         rows.append(row | {"best": best.symbol, "best_us": round(best.us, 2)})
     return rows
+
+
+def worths(run: Run, costs: Costs) -> dict[str, float]:
+    """By kernel, bfloat16's as float16's, how much longer the chosen one would take if it were not shipped: the mean
+    over the shapes where it might be chosen, if they are enough to tell. Below 0, dispatch takes it for faster than it
+    is and does better without."""
+    found: dict[str, list[float]] = {}
+    for group in by_shape(run):
+        us, predicted = {t.symbol: t.us for t in group}, foreseen(run, group, costs)
+        first, *others = sorted(predicted, key=predicted.__getitem__)
+        for symbol in predicted:
+            instead = others[0] if symbol == first and others else first
+            found.setdefault(symbol.replace("bf16", "f16"), []).append(us[instead] / us[first] - 1)
+    return {symbol: statistics.mean(some) for symbol, some in found.items() if len(some) >= TOLD_BY}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -368,7 +390,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "worst": max(off), "worst shapes": worst}  # fmt: skip
 
 
-def judge(run: Run, costs: dict[str, dict[str, float]] | None) -> dict[str, Any]:
+def judge(run: Run, costs: Costs | None) -> dict[str, Any]:
     rows, found = regrets(run, costs), {}
     for kind in ("benchmark", "random"):
         if some := [row for row in rows if row["kind"] == kind]:
@@ -377,10 +399,16 @@ def judge(run: Run, costs: dict[str, dict[str, float]] | None) -> dict[str, Any]
                   "the 95th percentile, {worst:.1%} at worst".format(kind, **found[kind]))  # fmt: skip
             for row in found[kind]["worst shapes"]:
                 print("  {off:6.1%}  {shape:<18} {chosen} {us} us; best {best} {best_us} us".format(**row))
+    worth = worths(run, costs or all_costs(run, {}))
+    found["without"] = {symbol: round(longer, 5) for symbol, longer in worth.items()}
+    if idle := sorted((longer, symbol) for symbol, longer in worth.items() if longer < WORTHLESS):
+        print("might be spared: without it, calls of its class take so much longer")
+        for longer, symbol in idle:
+            print(f"  {longer:+7.2%}  {symbol}")
     return found
 
 
-def all_costs(run: Run, fitted: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+def all_costs(run: Run, fitted: dict[str, dict[str, Any]]) -> Costs:
     """The fitted ones of a kernel or of its float16 twin, as dispatch has it (aot/costs.py); else the wheel's."""
     found = {}
     for symbol, config in run.kernels.items():

@@ -22,6 +22,7 @@ HELPERS = (
     hopper.last_wave,
     hopper.narrow_columns,
     hopper.piece_time,
+    hopper.read_time,
     hopper.tile_time,
     kernels.tile_position,
 )
@@ -41,15 +42,16 @@ class Launch:
             num_programs=lambda axis: self.ctas,
             program_id=lambda axis: self.cta,
         )
-        self.names: dict[str, Any] = {"gl": gl, "tl": gl, "FEW_COLUMNS": hopper.FEW_COLUMNS.value}
+        constants = {name: getattr(hopper, name).value for name in ("DRAM_BYTES", "FEW_COLUMNS", "L2_BYTES")}
+        self.names: dict[str, Any] = {"gl": gl, "tl": gl, **constants}
         for helper in HELPERS:
             self.names[helper.fn.__name__] = self.python(helper)
 
     def python(self, function: Any) -> FunctionType:
         return FunctionType(function.fn.__code__, self.names)
 
-    def narrow(self, m: int, n: int, tile_m: int, tile_n: int, pieces: int) -> int:
-        return self.names["narrow_columns"](m, n, tile_m, tile_n, pieces)
+    def narrow(self, m: int, n: int, tile_m: int, tile_n: int, pieces: int, k: int = 64, x_bytes: int = 2) -> int:
+        return self.names["narrow_columns"](m, n, k, x_bytes, tile_m, tile_n, pieces)
 
     def tiling(self, m: int, n: int, tile_m: int, tile_n: int, pieces: int) -> Any:
         """A Tiling, but for K."""
@@ -116,6 +118,12 @@ def test_narrow_last_columns_are_pieces_if_they_take_no_longer() -> None:
     assert [Launch(132).narrow(m, n, 128, 256, 4) for m, n in sizes] == [2, 4, 4, 1, 1, 1]
     # Of tiles of twice the rows on 66 clusters: as above, but no place for 25 and 27.
     assert [Launch(66).narrow(m, n, 256, 256, 4) for m, n in sizes] == [2, 4, 4, 1, 1, 1]
+    # What would read a large x once more, after the tiles or beside the last of some waves, but not beside the only one.
+    for m, n, k, x_bytes, pieces in (
+        (13282, 616, 8088, 4, 1), (13282, 616, 512, 4, 2), (13282, 616, 8088, 2, 1), (4541, 368, 13024, 4, 2),
+        (10807, 64, 4936, 4, 4), (4096, 4104, 4096, 4, 4), (60000, 4104, 4096, 4, 1)
+    ):  # fmt: skip
+        assert Launch(66).narrow(m, n, 256, 256, 4, k, x_bytes) == pieces, (m, n, k)
     # 16 CTAs have no tile in the last wave, and each has the time for two quarters, if the kernel cuts any.
     launch = Launch(132)
     assert [launch.narrow(4096, 4104, 128, 256, pieces) for pieces in (4, 2, 1)] == [4, 1, 1]

@@ -6,6 +6,7 @@ A row owns its names: symbol, cubin file, table row and log text derive from it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -277,12 +278,13 @@ def class_of(config: Config) -> tuple[int, str, str, str, bool]:
 def regime(config: Config) -> str:
     """The M that a tile is for. A generic kernel is of every regime, its last resort.
 
-    A ring's tile of few columns is for few rows, however high: every tile of a row reads all of x.
+    A tile's rows tell; of kernels with tensor maps, whose wide tiles are for many rows, too, its area: the larger it
+    is, the more rows it takes until all SMs have one.
     """
     if not config.row_major:
         return "any M"
-    rows = min(config.tile_m, config.tile_n) if config.kernel == "ring" else config.tile_m
-    size = "few rows" if rows <= 32 else "some rows" if rows == 64 else "many rows" if rows == 128 else "most rows"
+    rows = math.isqrt(config.tile_m * config.tile_n) if config.tma else config.tile_m
+    size = "few rows" if rows < 64 else "some rows" if rows == 64 else "many rows" if rows <= 128 else "most rows"
     return size if config.out_aligned else f"{size}, any {'result' if config.aligned else 'rows'}"
 
 

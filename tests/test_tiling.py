@@ -118,7 +118,7 @@ def test_narrow_last_columns_are_pieces_if_they_take_no_longer() -> None:
     assert [Launch(132).narrow(m, n, 128, 256, 4) for m, n in sizes] == [2, 4, 4, 1, 1, 1]
     # Of tiles of twice the rows on 66 clusters: as above, but no place for 25 and 27.
     assert [Launch(66).narrow(m, n, 256, 256, 4) for m, n in sizes] == [2, 4, 4, 1, 1, 1]
-    # What would read a large x once more, after the tiles or beside the last of some waves, but not beside the only one.
+    # What would read a large x once more: after the tiles, or beside the last of several waves, but not of one.
     for m, n, k, x_bytes, pieces in (
         (13282, 616, 8088, 4, 1), (13282, 616, 512, 4, 2), (13282, 616, 8088, 2, 1), (4541, 368, 13024, 4, 2),
         (10807, 64, 4936, 4, 4), (4096, 4104, 4096, 4, 4), (60000, 4104, 4096, 4, 1)

@@ -513,6 +513,29 @@ def test_a_fit_takes_the_times_of_several_runs_of_one_gpu() -> None:
         runs[0].with_run(replace(runs[1], facts={"gpu": "H200"}))
 
 
+def test_a_kernel_that_choices_are_better_without_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [config for config in CONFIGS if config.arch == 90 and config.aligned and config.out_aligned][:3]
+    shapes = [(16, 64, 64 * number) for number in range(1, fit.TOLD_BY + 1)]
+    times = [
+        fit.Time(*shape, row.symbol, us, row == rows[0]) for shape in shapes for row, us in zip(rows, (5.0, 4.0, 6.0))
+    ]
+    run = fit.Run({}, 132, {row.symbol: fit.lbg.Config(**kernel(row)) for row in rows}, times)
+    foreseen = {
+        row.symbol: dict.fromkeys(CONSTANTS, 0.0) | {"launch_us": us, "dram_bytes_per_us": 1e9}
+        for row, us in zip(rows, (1.0, 2.0, 3.0))
+    }
+    first, *others = (row.symbol for row in rows)
+    found = fit.worths(run, foreseen)
+    assert found == {first: pytest.approx(-0.2), **dict.fromkeys(others, 0.0)}, "the second takes 4 us for 5"
+    assert fit.worths(replace(run, times=times[3:]), foreseen) == {}, "too few shapes to tell"
+    assert fit.judge(run, foreseen)["without"][first] == pytest.approx(-0.2)
+    assert f"-20.00%  {first}" in capsys.readouterr().out
+    # What was chosen when it was timed, and is shipped no more, is another's place to take.
+    late = [replace(time, chosen=False) for time in times if time.symbol != first]
+    assert {row["chosen"] for row in fit.regrets(replace(run, times=late), foreseen)} == {others[0]}
+    assert fit.regrets(replace(run, times=late), None)
+
+
 def test_a_fit_keeps_the_constants_that_it_has_no_times_for(tmp_path: Path) -> None:
     path, shipped = tmp_path / "evidence.json", evidence.read(90)["tune"]["costs"]
     first, last = (next(symbol for symbol in shipped["kernels"] if symbol.endswith("_anyrows") == any_rows)

@@ -8,7 +8,7 @@ With --any-rows both are of kernels for rows that start anywhere, at sizes off 8
 a tuner's of the same GPU, adds its times of kernels that are shipped now and were not measured then; with --validate
 --from, --costs FILE (evidence) chooses by other constants than the wheel's. Needs a GPU that kernels are shipped for
 and no triton. Every result is checked before it is timed. Times are medians of rounds in random order, of graphs whose
-weights are not in L2; to validate, of three times as many rounds where kernels are within 10 % of the best.
+weights are not in L2; of three times as many rounds where kernels are within 10 % of the best.
 """
 
 from __future__ import annotations
@@ -221,13 +221,13 @@ def explain(
     return found
 
 
-def measure(bench: Bench, case: Case, order: random.Random, closer: bool = False) -> list[Time]:
+def measure(bench: Bench, case: Case, order: random.Random) -> list[Time]:
     """Every kernel that takes the case and relies on most, as dispatch has it, or on as much as stores to any address:
     checked, then timed."""
     explanation = explain(case, bench.arguments(case, 1)[0])
     legal = [candidate.config for candidate in explanation.candidates if candidate.why_not is None]
     rows = [config for config in legal if config.aligned] or contenders(legal, lambda config: config)
-    medians, wrong = time_kernels(bench, case, [row.symbol for row in rows], order, closer=closer)
+    medians, wrong = time_kernels(bench, case, [row.symbol for row in rows], order, closer=True)
     if wrong:
         raise RuntimeError(next(iter(wrong.values())))
     return [Time(case.m, case.n, case.k, row.symbol, medians[row.symbol], row == explanation.chosen) for row in rows]
@@ -302,12 +302,10 @@ def shipped_here() -> dict[str, lbg.Config]:
     return kernels
 
 
-def measure_all(
-    kernels: dict[str, lbg.Config], wanted: list[Case], commit: str | None = None, closer: bool = False
-) -> Run:
+def measure_all(kernels: dict[str, lbg.Config], wanted: list[Case], commit: str | None = None) -> Run:
     bench, order, times = Bench(), random.Random(0), []
     for index, case in enumerate(wanted):
-        times += measure(bench, case, order, closer)
+        times += measure(bench, case, order)
         if sys.stderr.isatty() or index % 100 == 99:
             print(f"\r{index + 1} of {len(wanted)} shapes", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -462,7 +460,7 @@ def main() -> None:
         with torch.inference_mode():
             seed = seed if arguments.seed is None else arguments.seed
             wanted = draw(classes, arguments.count or 200, seed, arguments.any_rows)
-            run = measure_all(kernels, wanted, arguments.commit, closer=arguments.validate)
+            run = measure_all(kernels, wanted, arguments.commit)
     if arguments.times:
         run.save(arguments.times)
     if arguments.journal:

@@ -3,7 +3,8 @@
     y[m, n] = relu(gelu((sum_k x[m, k] * weight[n, k]) * scale[n] + shift[n]))
 
 lbg_fused_ring is for few rows, where reading the weight once is the time: a tile a CTA, and as much of the weight on
-its way as shared memory holds.
+its way as shared memory holds. With half of that, and two CTAs an SM, it is for small products of more tiles than SMs:
+one CTA finishes while the other begins. On an H100 1037x936x96 takes 3.5 us for 4.8 from float16 to float16.
 
 lbg_fused_ws is for many: one CTA an SM walks the tiles. One warp asks for operands, several K steps ahead; two
 warpgroups consume them, in one of two ways. Either they share a tile, half of its rows each, and then finish and store

@@ -25,7 +25,7 @@ import build
 from aot import BuildError, compile, costs, emit, model, package, rules
 from aot.candidates import BARRIER_BYTES
 from aot.chips import FULL_RATE, LIMITS, REFERENCE
-from aot.configs import ARCHS, CONFIGS, DTYPES, FP16_CHUNK, Config, check_classes, class_of, ctas_per_sm
+from aot.configs import ARCHS, CONFIGS, DTYPES, FP16_CHUNK, Config, check_classes, class_of, ctas_per_sm, regime
 
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
@@ -552,6 +552,19 @@ GENERIC = Config(89, "f16", "f16", "f16", False, False, 64, 64, 32, 4, 2, out_al
 def test_a_class_that_dispatch_cannot_rely_on(rows: list[Config], told: str) -> None:
     with pytest.raises(BuildError, match=rf"^sm_89 f16-f16-f16: .*{told}"):
         check_classes(rows)
+
+
+def test_the_regime_of_a_kernel_with_tensor_maps_goes_by_its_tiles_area() -> None:
+    ring = replace(SMALL, arch=90, kernel="ring")
+    sizes = ((64, 32), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
+    found = [regime(replace(ring, tile_m=m, tile_n=n)) for m, n in sizes]
+    assert found == ["few rows", "some rows", "many rows", "many rows", "most rows", "most rows"]
+    plain = [regime(replace(SMALL, tile_m=m, tile_n=256)) for m in (16, 32, 64, 128, 256)]
+    assert plain == ["few rows", "few rows", "some rows", "many rows", "most rows"]
+    anywhere = replace(ring, tile_m=64, tile_n=64, out_aligned=False)
+    assert regime(anywhere) == "some rows, any result"
+    assert regime(replace(anywhere, aligned=False, any_rows=True)) == "some rows, any rows"
+    assert regime(GENERIC) == "any M"
 
 
 def test_fp16_accumulate_keeps_the_sums_of_a_large_tile_in_halves() -> None:

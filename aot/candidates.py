@@ -174,9 +174,9 @@ RING_SHAPES = (
 RING_FEW = ((64, 32, 128), (64, 64, 64), (64, 64, 128), (64, 128, 64), (128, 128, 64))
 DEEP_K = 128  # K steps from which a float32 x gains by barriers of its own (aot/hopper.py's Ring)
 # Some that were ahead at a shape or two are no candidates: dispatch foresees times within some percent, and with them
-# among its choices took no less time (python -m tests.bench.fit --validate tells of such). They are tiles of 256x128
-# and 256x64, with one CTA or two, a float32 x's ping-pong kernel, and its rings of deep steps that have no barriers of
-# x's own. And on an H100 a tile of 64x256 by turns was 5 % or more behind the best at every shape.
+# among its choices took 0.03 % less time in the mean (python -m tests.bench.fit --validate tells of such kernels). They
+# are tiles of 256x128 and 256x64, with one CTA or two, a float32 x's ping-pong kernel, and its rings of deep steps that
+# have no barriers of x's own. And on an H100 a tile of 64x256 by turns was 5 % or more behind the best at every shape.
 WS_SHAPES = ((128, 256, 64), (128, 128, 64), (128, 64, 64))
 WS_FEW = WS_SHAPES[:2]
 PAIR_SHAPES = ((256, 256, 64),)  # of two CTAs

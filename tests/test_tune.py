@@ -533,7 +533,8 @@ def test_a_kernel_that_choices_are_better_without_is_told(capsys: pytest.Capture
     # What was chosen when it was timed, and is shipped no more, is another's place to take.
     late = [replace(time, chosen=False) for time in times if time.symbol != first]
     assert {row["chosen"] for row in fit.regrets(replace(run, times=late), foreseen)} == {others[0]}
-    assert fit.regrets(replace(run, times=late), None)
+    own = {row.symbol: fit.lbg.Config(**kernel(row) | foreseen[row.symbol]) for row in rows}
+    assert {row["chosen"] for row in fit.regrets(replace(run, kernels=own, times=late), None)} == {others[0]}
 
 
 def test_a_fit_keeps_the_constants_that_it_has_no_times_for(tmp_path: Path) -> None:

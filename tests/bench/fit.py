@@ -353,11 +353,11 @@ def foreseen(run: Run, group: list[Time], costs: Costs) -> dict[str, float]:
 
 def regrets(run: Run, costs: Costs | None) -> list[dict[str, Any]]:
     """A row a shape: how much longer the chosen kernel took than the best one. `costs` choose in the wheel's place."""
-    rows = []
+    rows, own = [], all_costs(run, {}) if costs is None else costs
     for group in by_shape(run):
         best, chosen = min(group, key=lambda t: t.us), next((t for t in group if t.chosen), None)
         if costs is not None or chosen is None:  # or what was chosen is shipped no more
-            predicted = foreseen(run, group, all_costs(run, {}) if costs is None else costs)
+            predicted = foreseen(run, group, own)
             chosen = min((t for t in group if t.symbol in predicted), key=lambda t: predicted[t.symbol])
         row = {"shape": f"{best.m}x{best.n}x{best.k}", "off": round(chosen.us / best.us - 1, 4)}
         known = BENCHMARKS + ODD_BENCHMARKS
@@ -377,7 +377,7 @@ def worths(run: Run, costs: Costs) -> dict[str, float]:
         first, *others = sorted(predicted, key=predicted.__getitem__)
         for symbol in predicted:
             instead = others[0] if symbol == first and others else first
-            found.setdefault(symbol.replace("bf16", "f16"), []).append(us[instead] / us[first] - 1)
+            found.setdefault(float16_twin(symbol), []).append(us[instead] / us[first] - 1)
     return {symbol: statistics.mean(some) for symbol, some in found.items() if len(some) >= TOLD_BY}
 
 
@@ -406,11 +406,16 @@ def judge(run: Run, costs: Costs | None) -> dict[str, Any]:
     return found
 
 
+def float16_twin(symbol: str) -> str:
+    """The kernel whose instructions it runs with bfloat16 data, or itself: aot/costs.py's, by name."""
+    return symbol.replace("bf16", "f16")
+
+
 def all_costs(run: Run, fitted: dict[str, dict[str, Any]]) -> Costs:
     """The fitted ones of a kernel or of its float16 twin, as dispatch has it (aot/costs.py); else the wheel's."""
     found = {}
     for symbol, config in run.kernels.items():
-        row = fitted.get(symbol) or fitted.get(symbol.replace("bf16", "f16"))
+        row = fitted.get(symbol) or fitted.get(float16_twin(symbol))
         found[symbol] = row["cost"] if row else {name: getattr(config, name) for name in CONSTANTS}
     return found
 

@@ -37,7 +37,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "tile": (),
     "async": ("ada.py",),
     **dict.fromkeys(("ring", "ws", "pingpong"), ("hopper.py",)),
-    "shift": ("hopper.py", "unaligned.py"),
+    **dict.fromkeys(("shift", "shift_ws"), ("hopper.py", "unaligned.py")),
 }
 
 TRITON_TYPES = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
@@ -120,11 +120,13 @@ def signature(config: Config) -> tuple[dict[str, str], dict[str, object], dict[t
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
         "TILE_K": config.tile_k,
-        "GROUP_M": config.group_m,
+        **({} if config.persistent else {"GROUP_M": config.group_m}),
         "SYMBOL": config.symbol,
     }
     if config.kernel == "shift":
         constants |= {"STAGES": config.stages}
+    elif config.kernel == "shift_ws":
+        constants |= {"STAGES": config.stages, "EPILOGUE_PARTS": config.epilogue_parts}
     else:
         constants |= {"EPILOGUE_PARTS": config.epilogue_parts, "FP16_ACCUMULATE": config.fp16_accumulate}
         constants |= async_constants(config) if config.kernel == "async" else {"LOADS": config.loads}
@@ -158,7 +160,8 @@ def hints(config: Config, names: list[str]) -> dict[tuple[int, ...], list[list[o
     divisible: dict[str, int] = {}
     if config.aligned:
         divisible |= dict.fromkeys(("x_ptr", "weight_ptr", "scale_ptr", "shift_ptr"), 16)
-        divisible |= {"K": 8, "stride_xm": 16 // ELEMENT_BYTES[config.x], "stride_wn": 8}
+        divisible |= {"stride_xm": 16 // ELEMENT_BYTES[config.x], "stride_wn": 8}
+        divisible |= {"K": 8} if config.whole_k else {}
     if config.out_aligned:
         divisible |= {"out_ptr": 16, "N": 8, "stride_om": 16 // ELEMENT_BYTES[config.out]}
     return {(names.index(name),): [["tt.divisibility", unit]] for name, unit in divisible.items() if name in names}
@@ -242,6 +245,9 @@ def to_ptx(config: Config) -> Compiled:
         options |= {"maxnreg": hopper.WS_REGISTERS} if config.persistent else {}
     elif config.kernel == "shift":
         source = GluonASTSource(fn=unaligned.lbg_fused_shift, signature=types, constexprs=constants, attrs=hints)
+    elif config.kernel == "shift_ws":
+        source = GluonASTSource(fn=unaligned.lbg_fused_shift_ws, signature=types, constexprs=constants, attrs=hints)
+        options |= {"maxnreg": hopper.WS_REGISTERS}
     elif config.kernel == "async":
         source = GluonASTSource(fn=ada.lbg_fused_async, signature=types, constexprs=constants, attrs=hints)
     else:

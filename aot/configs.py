@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
 from aot import BuildError, chips, evidence, rules
@@ -24,7 +24,7 @@ DTYPES = tuple(
 
 FP16_CHUNK = 64  # products that fp16_accumulate sums in float16; aot/kernels.py has the same
 
-PERSISTENT = ("ws", "pingpong")  # kernels whose CTAs walk the tiles
+PERSISTENT = ("ws", "pingpong", "shift_ws")  # kernels whose CTAs walk the tiles
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Config:
     weight: str
     out: str
     fp16_accumulate: bool
-    aligned: bool  # relies on loads that are aligned: rows of x and weight start on 16 bytes, K is a multiple of 8
+    aligned: bool  # relies on loads that are aligned: rows of x and weight start on 16 bytes, and whole_k
     tile_m: int
     tile_n: int
     tile_k: int
@@ -43,7 +43,8 @@ class Config:
     epilogue_parts: int = 1  # 2 where the epilogue of a whole tile would spill
     # tile rows that share a pass over the weight, so that what is in flight stays in L2; hopper.py has its own
     group_m: int = rules.GROUP_M
-    # aot/kernels.py's lbg_fused; "async" of ada.py; "ring", "ws", "pingpong" of hopper.py; "shift" of unaligned.py
+    # aot/kernels.py's lbg_fused; "async" of ada.py; "ring", "ws", "pingpong" of hopper.py; "shift", "shift_ws" of
+    # unaligned.py
     kernel: str = "tile"
     warps_m: int = 0  # async: of the warps, how many lie along M
     unit_k: int = 0  # async: how deep the operands are that a warp holds in registers, twice
@@ -68,6 +69,11 @@ class Config:
         return self.aligned or self.any_rows
 
     @property
+    def whole_k(self) -> bool:
+        """Whether it relies on a K that is a multiple of 8: a tensor map ends anywhere."""
+        return self.aligned and not self.tma
+
+    @property
     def loads(self) -> str:
         """How aot/kernels.py's lbg_fused loads x and weight."""
         return "aligned" if self.aligned else "shifted" if self.any_rows else "masked"
@@ -75,12 +81,12 @@ class Config:
     @property
     def tma(self) -> bool:
         """Whether its operands come through tensor maps, which the launcher makes."""
-        return self.kernel == "ring" or self.persistent
+        return self.kernel in ("ring", "ws", "pingpong")
 
     @property
     def has_roles(self) -> bool:
         """Whether some of its warps load and others multiply."""
-        return self.tma or self.kernel == "shift"
+        return self.tma or self.kernel in ("shift", "shift_ws")
 
     @property
     def persistent(self) -> bool:
@@ -124,7 +130,7 @@ class Config:
     @property
     def multiplying_warps(self) -> int:
         """Warps of a CTA that share a tile."""
-        return self.program_warps * (self.consumers if self.kernel == "ws" else 1)
+        return self.program_warps * (1 if self.kernel == "pingpong" else self.consumers)
 
     @property
     def consumer_rows(self) -> int:
@@ -196,7 +202,8 @@ ANY_ROWS = {
     (89, False, True): (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
     (89, True, True): (Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 64, 4, 2)),
     (90, False, False): (
-        Tile(256, 128, 32, 8, 2, 4), Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 20, 4, kernel="shift"),
+        Tile(128, 256, 64, 12, 4, 4, kernel="shift_ws"), Tile(128, 128, 64, 12, 6, 2, kernel="shift_ws"),
+        Tile(64, 64, 64, 20, 4, kernel="shift"),
         Tile(64, 32, 64, 20, 8, kernel="shift"), Tile(16, 32, 256, 4, 2)
     ),
     (90, True, False): (
@@ -242,6 +249,8 @@ def shipped(arch: int, rows: evidence.Rows) -> Iterator[Config]:
             for row in rows[kind][promise]:
                 yield config_of(arch, dtypes, tile_of(row), promise)
         for tile in ANY_ROWS[arch, x == "f32", mode]:
+            if tile.kernel in PERSISTENT:  # a part of its result goes through a buffer of one size
+                tile = replace(tile, epilogue_parts=tile.epilogue_parts * ELEMENT_BYTES[out] // 2)
             yield config_of(arch, dtypes, tile, "any_rows")
         yield config_of(arch, dtypes, GENERIC[mode], "any")
 

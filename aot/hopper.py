@@ -431,11 +431,8 @@ WS_REGISTERS = 168
 # 16 columns a float32 x took 2 to 4 % less time, a float16 one 0.5 %; of 32 both took 2 % more.
 FEW_COLUMNS = gl.constexpr(16)
 CONSUMERS = gl.constexpr(2)
-# Of an H100: what of x may stay in L2; and how many bytes of x for each element of K come from DRAM in a twentieth of a
-# tile's time for that element. With pieces that read x anew, to no use, tiles of a cluster took 402 us for 329 at
-# 13282x616x8088 with a float32 x.
+# What of x may stay in an H100's L2.
 L2_BYTES = gl.constexpr(2**25)
-DRAM_BYTES = gl.constexpr(1600)
 # Of a consumer, for parts of its result: one is filled while the other is stored.
 OUT_BUFFERS = gl.constexpr(2)
 
@@ -474,7 +471,16 @@ def tile_time(tiles, PIECES: gl.constexpr):
 
 
 @gluon.jit
-def narrow_columns(M, N, K, X_BYTES: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, PIECES: gl.constexpr):
+def narrow_columns(
+    M,
+    N,
+    K,
+    X_BYTES: gl.constexpr,
+    TILE_M: gl.constexpr,
+    TILE_N: gl.constexpr,
+    CTAS: gl.constexpr,
+    PIECES: gl.constexpr,
+):
     """What part of a tile the last columns need, as 4 for a quarter and 2 for a half, if as pieces of their own they
     take no longer than as tiles; else 1. Of a kernel that cuts no quarters 1: a half takes more than two thirds of a
     tile's time."""
@@ -490,16 +496,19 @@ def narrow_columns(M, N, K, X_BYTES: gl.constexpr, TILE_M: gl.constexpr, TILE_N:
             # Tiles of a row share what they read of x; pieces after them, or beside the last of several waves, read
             # it anew.
             once = gl.where(beside, tiles < gl.num_programs(0), tiles == 0)
-            read = gl.where(once, 0, read_time(M, K, X_BYTES) - gl.where(beside, piece_time(1), 0))
+            read = read_time(M, K, X_BYTES, TILE_M * TILE_N // CTAS) - gl.where(beside, piece_time(1), 0)
+            read = gl.where(once, 0, read)
             time = tile_time(tiles, PIECES) + gl.maximum(alone, read)
             narrow = gl.where(time <= tile_time(tiles + rows, PIECES), pieces, 1)
     return narrow
 
 
 @gluon.jit
-def read_time(M, K, X_BYTES: gl.constexpr):
-    """What all of x takes to come from DRAM, in the same unit; 0 of an x that L2 may still have."""
-    return gl.where(K > L2_BYTES // X_BYTES // M, M // (DRAM_BYTES // X_BYTES), 0)
+def read_time(M, K, X_BYTES: gl.constexpr, ELEMENTS: gl.constexpr):
+    """What all of x takes to come from DRAM, in the same unit; 0 of an x that L2 may still have. In the time that a
+    CTA's tile of so many elements takes for one of K, an H100's DRAM brings about as many bytes. With pieces that read
+    x anew, to no use, tiles of a cluster took 402 us for 329 at 13282x616x8088 with a float32 x."""
+    return gl.where(K > L2_BYTES // X_BYTES // M, M // (ELEMENTS // X_BYTES // piece_time(1)), 0)
 
 
 @gluon.aggregate
@@ -584,12 +593,12 @@ class Tiling:
         whole."""
         tiles_m, tiles_n = self.rows(), self.columns()
         group = gl.where(gl.cdiv(self.N, self.TILE_N) > FEW_COLUMNS, 8, 4)
-        whole = tile
-        if COLUMNS < self.TILE_N:
-            whole = gl.where(tile < self.count(), tile, 0)  # an edge's number is no whole tile's
-        tile_m, tile_n = tile_position(whole, tiles_m, gl.maximum(tiles_n, 1), group)  # which divides by it
-        if COLUMNS < self.TILE_N:
+        if COLUMNS == self.TILE_N:
+            tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, group)
+        else:
+            # An edge's number is no whole tile's, of which there may be none: tile_position() divides by their columns.
             edge = tile - self.count()
+            tile_m, tile_n = tile_position(gl.where(edge < 0, tile, 0), tiles_m, gl.maximum(tiles_n, 1), group)
             tile_m, tile_n = gl.where(edge < 0, tile_m, edge), gl.where(edge < 0, tile_n, tiles_n)
         first_n = tile_n * self.TILE_N + piece * COLUMNS
         return full_box(tile_m * self.TILE_M, self.M, self.TILE_M), full_box(first_n, self.N, COLUMNS)
@@ -624,6 +633,53 @@ class Rings:
 
 
 @gluon.jit
+def allocate_rings(
+    x_slots, weight_slots, tiling, EPILOGUE_PARTS: gl.constexpr, OUT_DTYPE: gl.constexpr, LOADER_WARPS: gl.constexpr
+):
+    """A tile's buffers and barriers, for the slots of its operands."""
+    STAGES: gl.constexpr = weight_slots.shape[0]
+    SHARED_BY: gl.constexpr = 1 if tiling.IN_TURN else CONSUMERS  # a tile and its operands
+    ROWS: gl.constexpr = tiling.TILE_M // SHARED_BY
+    COLUMNS: gl.constexpr = tiling.TILE_N // EPILOGUE_PARTS
+    SPLIT: gl.constexpr = split_rows(gl.num_ctas())
+    OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], OUT_DTYPE, cga_layout=SPLIT)
+    out_slots = gl.allocate_shared_memory(OUT_DTYPE, [CONSUMERS * OUT_BUFFERS, ROWS, COLUMNS], OUT_LAYOUT)
+    full, empty = allocate_barriers(STAGES, 1, SHARED_BY)
+    x_full, x_empty = full, empty
+    if x_slots.dtype != weight_slots.dtype:
+        x_full, x_empty = allocate_barriers(STAGES, 1, SHARED_BY)
+    # Each block of a tile's columns needs its part of scale and shift, for which it would wait if it read it from L2:
+    # on an H100 16384x4096x4096 takes 866.9 us for 880.9, 1024x4096x4096 54.1 for 55.6.
+    TILES: gl.constexpr = CONSUMERS // SHARED_BY
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=whole_vector(gl.num_ctas()))
+    vectors = gl.allocate_shared_memory(gl.float32, [TILES * 2 * EPILOGUE_PARTS, COLUMNS], VECTOR)
+    vectors_full, vectors_empty = allocate_barriers(TILES, LANES * LOADER_WARPS, SHARED_BY)
+    turn = mbarrier.allocate_mbarrier(batch=CONSUMERS)
+    for consumer in gl.static_range(CONSUMERS):
+        mbarrier.init(turn.index(consumer), count=1)
+    both_empty = empty
+    if gl.num_ctas() > 1:
+        both_empty = mbarrier.allocate_mbarrier(batch=STAGES, two_ctas=True)
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(both_empty.index(stage), count=SHARED_BY)  # of each CTA
+    return Rings(
+        x_slots,
+        weight_slots,
+        out_slots,
+        full,
+        empty,
+        x_full,
+        x_empty,
+        turn,
+        vectors,
+        vectors_full,
+        vectors_empty,
+        both_empty,
+        x_slots.shape[0] // STAGES,
+    )
+
+
+@gluon.jit
 def stage_of(step, ring):
     """(buffer, parity) of the step-th use of a ring."""
     return step % ring.shape[0], step // ring.shape[0] & 1
@@ -654,51 +710,13 @@ def lbg_fused_ws(
 ):
     gl.static_assert(EPILOGUE_PARTS % OUT_BUFFERS == 0, "a tile must leave the buffers as it found them")
     gl.static_assert(gl.num_ctas() == 1 or not IN_TURN, "consumers of a cluster share each tile")
-    ROUNDS: gl.constexpr = x.dtype != weight.dtype
-    SHARED_BY: gl.constexpr = 1 if IN_TURN else CONSUMERS  # a tile and its operands
-    ROWS: gl.constexpr = TILE_M // SHARED_BY
-    COLUMNS: gl.constexpr = TILE_N // EPILOGUE_PARTS
-    SPLIT: gl.constexpr = split_rows(gl.num_ctas())
-    OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], OUT_DTYPE, cga_layout=SPLIT)
     X_BOXES: gl.constexpr = CONSUMERS if gl.num_ctas() > 1 else 1
-    narrow = narrow_columns(M, N, K, x.dtype.primitive_bitwidth // 8, TILE_M, TILE_N, PIECES)
+    X_BYTES: gl.constexpr = x.dtype.primitive_bitwidth // 8
+    narrow = narrow_columns(M, N, K, X_BYTES, TILE_M, TILE_N, gl.num_ctas(), PIECES)
     tiling = Tiling(M, N, K, TILE_M, TILE_N, TILE_K, IN_TURN, PIECES, gl.to_tensor(narrow))
     x_slots = gl.allocate_shared_memory(x.dtype, [STAGES * X_BOXES, TILE_M // X_BOXES, TILE_K], x.layout)
     weight_slots = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_N, TILE_K], weight.layout)
-    out_slots = gl.allocate_shared_memory(OUT_DTYPE, [CONSUMERS * OUT_BUFFERS, ROWS, COLUMNS], OUT_LAYOUT)
-    full, empty = allocate_barriers(STAGES, 1, SHARED_BY)
-    x_full, x_empty = full, empty
-    if ROUNDS:
-        x_full, x_empty = allocate_barriers(STAGES, 1, SHARED_BY)
-    # Each block of a tile's columns needs its part of scale and shift, for which it would wait if it read it from L2:
-    # on an H100 16384x4096x4096 takes 866.9 us for 880.9, 1024x4096x4096 54.1 for 55.6.
-    TILES: gl.constexpr = CONSUMERS // SHARED_BY
-    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=whole_vector(gl.num_ctas()))
-    vectors = gl.allocate_shared_memory(gl.float32, [TILES * 2 * EPILOGUE_PARTS, COLUMNS], VECTOR)
-    vectors_full, vectors_empty = allocate_barriers(TILES, LANES, SHARED_BY)
-    turn = mbarrier.allocate_mbarrier(batch=CONSUMERS)
-    for consumer in gl.static_range(CONSUMERS):
-        mbarrier.init(turn.index(consumer), count=1)
-    both_empty = empty
-    if gl.num_ctas() > 1:
-        both_empty = mbarrier.allocate_mbarrier(batch=STAGES, two_ctas=True)
-        for stage in gl.static_range(STAGES):
-            mbarrier.init(both_empty.index(stage), count=SHARED_BY)  # of each CTA
-    rings = Rings(
-        x_slots,
-        weight_slots,
-        out_slots,
-        full,
-        empty,
-        x_full,
-        x_empty,
-        turn,
-        vectors,
-        vectors_full,
-        vectors_empty,
-        both_empty,
-        X_BOXES,
-    )
+    rings = allocate_rings(x_slots, weight_slots, tiling, EPILOGUE_PARTS, OUT_DTYPE, 1)
     result = (out, stride_om)
     gdc_launch_dependents()
     gl.warp_specialize(
@@ -768,7 +786,7 @@ def load_tile(x, weight, vectors, tile, piece, step, done, rings, tiling, COLUMN
 def load_vectors(vectors, first_n, done, rings, tiling, COLUMNS: gl.constexpr):
     """Brings in scale and shift of COLUMNS from first_n on, after `done` others. The tile's last operands are on their
     way, so that as a rule its consumers are done with the vectors before, and will not wait for these."""
-    LINE: gl.constexpr = gl.BlockedLayout([1], [LANES], [1], [0], cga_layout=whole_vector(gl.num_ctas()))
+    LINE: gl.constexpr = gl.BlockedLayout([1], [LANES], [gl.num_warps()], [0], cga_layout=whole_vector(gl.num_ctas()))
     scale_ptr, shift_ptr = vectors
     slot, parity = stage_of(done, rings.vectors_full)
     PART: gl.constexpr = rings.vectors.shape[1]

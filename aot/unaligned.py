@@ -1,22 +1,47 @@
-"""The sm_90 kernel for rows that start anywhere, of a 16-bit x, in Gluon: there the TMA unit cannot load, as what it
-reads starts on 16 bytes.
+"""The sm_90 kernels for rows that start anywhere, of a 16-bit x, in Gluon: there the TMA unit cannot load, as what it
+reads starts on 16 bytes. Warps take its place, and fill slots of hopper.py's rings, from which others multiply with
+wgmma, as if all had come aligned.
 
-Two groups of warps take its place, and the K steps by turns: while one group's loads are on their way, the other's
-rows are shifted. A group loads the 16 bytes in which 8 elements begin and those in which they end, puts them together
-and writes them to a slot of hopper.py's ring, from which four more warps multiply with wgmma, as if they had come
-aligned. So L1 and the shifts work beside the products, where aot/kernels.py's one has its warps do all in turn.
+lbg_fused_shift is for few rows. Two groups of warps take K steps by turns: while one group's loads are on their way,
+the other's rows are shifted. A group loads the 16 bytes in which 8 elements begin and those in which they end, puts
+them together and writes them to a slot. So L1 and the shifts work beside the products, where aot/kernels.py's one has
+its warps do all in turn.
 
     x, weight ---16 bytes twice, registers---> shift ---> ring ---> wgmma
 
 A tile has up to 64 rows and columns: a thread of a group holds its rows' words of one step, and more of them spill.
+
+lbg_fused_shift_ws is for many rows: hopper.py's consumers that share a tile, persistent, and in place of the warp that
+loads four that copy rows to a slot, past registers, and shift them there once they have come.
+
+    x, weight ---from sectors' boundaries on---> ring ---registers, shift---> the same slot ---> wgmma
+
+L2 reads sectors of 32 bytes. A row is copied from the first sector on that is its own, which is shared with nothing:
+copies from a 16-byte boundary on asked L2 for half as many bytes again, and it bound the kernel. What of a row lies
+before that comes from the step before, whose last sector a thread keeps for each of its rows. Shared memory is then
+what bounds it: of each 128x256x64 step's 1024 cycles of wgmma it moves 230 KB, where an SM can move 128. An operand
+all of whose rows start on sectors stays as it was copied. On an H100 4096x4096x4095 takes 360 us, 604 with the tiles
+of aot/kernels.py that it stands in for, and 184 with rows that start on 16 bytes, which the TMA unit loads.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from aot.hopper import Ring, allocate_barriers, full_box, ring_tile, stage_of
-from aot.kernels import four, symbol, tile_position
+from aot.hopper import (
+    LANES,
+    Ring,
+    Tiling,
+    allocate_barriers,
+    allocate_rings,
+    consume,
+    full_box,
+    load_vectors,
+    ring_tile,
+    stage_of,
+)
+from aot.kernels import column_parts, four, symbol, tile_position
 
 GROUPS = gl.constexpr(2)
 GROUP_WARPS = gl.constexpr(8)
@@ -177,3 +202,311 @@ def four_bytes(word, following, chosen):
     return gl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [word, following, chosen], dtype=gl.uint32, is_pure=True, pack=1
     )
+
+
+# ---- many rows
+
+SECTOR = gl.constexpr(32)  # bytes, of L2
+SECTOR_WORDS = gl.constexpr(8)
+# Rows so far below each other have their first sector's boundary at the same place, whatever their stride.
+LINE_ROWS = gl.constexpr(16)
+SHIFT_WARPS = gl.constexpr(4)
+
+
+@gluon.jit(repr=symbol)
+def lbg_fused_shift_ws(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_scale,
+    stride_shift,
+    stride_om,
+    stride_on,
+    TILE_M: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    EPILOGUE_PARTS: gl.constexpr,
+    SYMBOL: gl.constexpr,
+):
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    gl.static_assert(dtype == weight_ptr.dtype.element_ty, "a float32 x has twice the words")
+    # Consumers multiply a step at least: of a K of 0 one of zeros.
+    tiling = Tiling(M, N, gl.maximum(K, 1), TILE_M, TILE_N, TILE_K, False, 1, gl.to_tensor(1))
+    x_slots = allocate_rows(dtype, STAGES, TILE_M, TILE_K)
+    weight_slots = allocate_rows(dtype, STAGES, TILE_N, TILE_K)
+    rings = allocate_rings(x_slots, weight_slots, tiling, EPILOGUE_PARTS, out_ptr.dtype.element_ty, SHIFT_WARPS)
+    x = Rows(x_ptr, stride_xm, M, K)
+    weight = Rows(weight_ptr, stride_wn, N, K)
+    result = (out_ptr, stride_om)
+    gl.warp_specialize(
+        [
+            (consume, (0, result, rings, tiling, False)),
+            (consume, (1, result, rings, tiling, False)),
+            (shift_tiles, (x, weight, (scale_ptr, shift_ptr), rings, tiling)),
+        ],
+        [4, SHIFT_WARPS],
+        [200, 104],
+    )
+
+
+@gluon.aggregate
+class Rows:
+    """An operand in global memory."""
+
+    ptr: gl.tensor
+    stride: gl.tensor  # elements from one row to the next
+    count: gl.tensor
+    K: gl.tensor
+
+    @gluon.jit
+    def boundary(self, row):
+        """(the first sector's boundary in a row, as an address; how many of its elements lie before that)."""
+        address = (self.ptr + row.to(gl.int64) * self.stride).to(gl.uint64, bitcast=True)
+        before = SECTOR - 1 - (address + SECTOR - 1) % SECTOR
+        return address + before, before.to(gl.int32) // 2
+
+    @gluon.jit
+    def moves(self):
+        """Whether some of its rows start off a sector's boundary."""
+        return (self.ptr.to(gl.uint64, bitcast=True).to(gl.int64) | self.stride * 2) % SECTOR != 0
+
+    @gluon.jit
+    def lines(self, first, TILE_K: gl.constexpr):
+        """The boundaries in LINE_ROWS rows from `first` on, as pointers to words of 4 bytes."""
+        LAYOUT: gl.constexpr = words_layout(TILE_K // 2, gl.num_warps())
+        address, _ = self.boundary(first + gl.arange(0, LINE_ROWS, gl.SliceLayout(1, LAYOUT)))
+        return address.to(gl.pointer_type(gl.uint32), bitcast=True)
+
+    @gluon.jit
+    def heads(self, first, ROWS: gl.constexpr):
+        """Of rows from `first` on: how many elements lie before the boundary, and the sector before it, of as many rows
+        at a time as there are threads. What is read beside a row lies in 16 bytes that hold an element of it."""
+        LAYOUT: gl.constexpr = rows_layout(SECTOR_WORDS, gl.num_warps())
+        THREADS: gl.constexpr = gl.num_warps() * LANES
+        row = gl.arange(0, THREADS, gl.SliceLayout(1, LAYOUT))
+        address, skip = self.boundary(first + row)
+        word = gl.expand_dims(gl.arange(0, SECTOR_WORDS, gl.SliceLayout(0, LAYOUT)), 0)
+        words = gl.expand_dims((address - SECTOR).to(gl.pointer_type(gl.uint32), bitcast=True), 1) + word
+        words = gl.max_contiguous(gl.multiple_of(words, [1, 16]), [1, 4])
+        row = gl.expand_dims(row, 1)
+        skip = gl.expand_dims(skip, 1)
+        column = skip - 16 + word // 4 * 8  # in which every 16 bytes begin
+        in_row = (column > -8) & (column < self.K)
+        sectors = ()
+        for block in gl.static_range(0, ROWS, THREADS):
+            here = in_row & (row < self.count - first - block)
+            sectors = sectors + (gl.load(words + block // 2 * self.stride, mask=here, other=0),)
+        return skip, sectors
+
+
+@gluon.jit
+def shift_tiles(x, weight, vectors, rings, tiling):
+    """Copies the rows of all the CTA's tiles to the ring's slots, and a step later shifts them there."""
+    THREADS: gl.constexpr = gl.num_warps() * LANES
+    HALF: gl.constexpr = rows_layout(tiling.TILE_K // 4, gl.num_warps())
+    x_moves, weight_moves = x.moves(), weight.moves()
+    step = 0
+    done = 0
+    ahead = first_step(x, weight, gl.program_id(0), tiling)
+    copy_step(x, weight, ahead, step, rings, tiling)
+    ahead = next_step(x, weight, ahead, tiling)
+    for tile in range(gl.program_id(0), tiling.whole(), gl.num_programs(0)):
+        first_m, first_n = tiling.origin(tile, 0, tiling.TILE_N)
+        x_skip, x_before = x.heads(first_m, tiling.TILE_M)
+        weight_skip, weight_before = weight.heads(first_n, tiling.TILE_N)
+        for k in range(0, tiling.K, tiling.TILE_K):
+            copy_step(x, weight, ahead, step + 1, rings, tiling)
+            ahead = next_step(x, weight, ahead, tiling)
+            async_copy.wait_group(1)  # but for the step ahead
+            stage, _ = stage_of(step, rings.full)
+            x_slot, weight_slot = words_of(rings.x, stage), words_of(rings.weight, stage)
+            now = half_rows(x_slot, 0, THREADS).load(HALF)
+            if x_moves:
+                x_before, now = shift_rows(x_slot, now, x_before, x_skip, weight_slot)
+            else:
+                now = half_rows(weight_slot, 0, THREADS).load(HALF)
+            if weight_moves:
+                weight_before, now = shift_rows(weight_slot, now, weight_before, weight_skip, None)
+            if x.K - k < tiling.TILE_K:
+                clear(rings.x.index(stage), x.K - k)
+                clear(rings.weight.index(stage), x.K - k)
+            fence_async_shared()
+            mbarrier.arrive(rings.full.index(stage))
+            step += 1
+        load_vectors(vectors, first_n, done, rings, tiling, tiling.TILE_N)
+        done += 1  # noqa: SIM113 (a kernel has no enumerate)
+
+
+@gluon.aggregate
+class Place:
+    """A step: its tile, from which k on, and where the rows and their lines begin."""
+
+    tile: gl.tensor
+    k: gl.tensor
+    first_m: gl.tensor
+    first_n: gl.tensor
+    x: gl.tensor
+    weight: gl.tensor
+
+
+@gluon.jit
+def first_step(x, weight, tile, tiling):
+    first_m, first_n = tiling.origin(tile, 0, tiling.TILE_N)
+    x_lines, weight_lines = x.lines(first_m, tiling.TILE_K), weight.lines(first_n, tiling.TILE_K)
+    return Place(tile, gl.to_tensor(0), first_m, first_n, x_lines, weight_lines)
+
+
+@gluon.jit
+def next_step(x, weight, place, tiling):
+    found = Place(place.tile, place.k + tiling.TILE_K, place.first_m, place.first_n, place.x, place.weight)
+    if found.k >= tiling.K:
+        tile = place.tile + gl.num_programs(0)
+        if tile < tiling.whole():
+            found = first_step(x, weight, tile, tiling)
+        else:
+            found = Place(tile, gl.to_tensor(0), place.first_m, place.first_n, place.x, place.weight)
+    return found
+
+
+@gluon.jit
+def copy_step(x, weight, place, step, rings, tiling):
+    """Has a step copied, if there is one, as a group of its own."""
+    if place.tile < tiling.whole():
+        stage, parity = stage_of(step, rings.full)
+        mbarrier.wait(rings.empty.index(stage), parity ^ 1)
+        copy_rows(words_of(rings.x, stage), x, place.x, place.first_m, place.k)
+        copy_rows(words_of(rings.weight, stage), weight, place.weight, place.first_n, place.k)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def words_of(slots, stage):
+    """A slot in words of 4 bytes."""
+    slot = slots.index(stage)
+    return slot.reinterpret(gl.uint32, (slot.shape[0], slot.shape[1] // 2), of_words(slot.layout))
+
+
+@gluon.jit
+def copy_rows(slot, operand, lines, first, k):
+    """Of one operand's rows, the first at `first`: what lies from the boundary on, k further."""
+    ROWS: gl.constexpr = slot.shape[0]
+    WORDS: gl.constexpr = slot.shape[1]
+    LAYOUT: gl.constexpr = words_layout(WORDS, gl.num_warps())
+    word = gl.expand_dims(gl.arange(0, WORDS, gl.SliceLayout(0, LAYOUT)), 0)
+    words = gl.expand_dims(lines, 1) + (word + k // 2)
+    words = gl.max_contiguous(gl.multiple_of(words, [1, 16]), [1, 4])
+    if (operand.K - k >= WORDS * 2 + SECTOR // 2) & (operand.count >= ROWS):  # all of it, as a rule
+        for block in gl.static_range(0, ROWS, LINE_ROWS):
+            async_copy.async_load(slot.slice(block, LINE_ROWS), words + block // 2 * operand.stride)
+    else:
+        row = gl.arange(0, LINE_ROWS, gl.SliceLayout(1, LAYOUT))
+        _, skip = operand.boundary(first + row)
+        in_row = gl.expand_dims(skip, 1) + word // 4 * 8 < operand.K - k
+        row = gl.expand_dims(row, 1)
+        for block in gl.static_range(0, ROWS, LINE_ROWS):
+            mask = in_row & (row < operand.count - first - block)
+            async_copy.async_load(slot.slice(block, LINE_ROWS), words + block // 2 * operand.stride, mask=mask)
+
+
+@gluon.constexpr_function
+def rows_layout(words, warps):
+    """A thread has a row."""
+    return gl.BlockedLayout([1, words], [32, 1], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def shift_rows(slot, now, before, skip, next_slot):
+    """Moves each row of a slot `skip` elements to the right, behind the end of the sector before it; its last sectors.
+    A thread moves a row at a time, and half of it, `now` the first: while one half is stored, the next is on its way,
+    for which there are registers, and at last the next slot's first, which is returned too."""
+    THREADS: gl.constexpr = gl.num_warps() * LANES
+    HALF: gl.constexpr = now.type.layout
+    after = ()
+    for block in gl.static_range(len(before)):
+        left, sector = shifted(before[block], now, skip)
+        now = half_rows(slot, 2 * block + 1, THREADS).load(HALF)
+        half_rows(slot, 2 * block, THREADS).store(left)
+        right, sector = shifted(sector, now, skip)
+        if block + 1 < len(before):
+            now = half_rows(slot, 2 * block + 2, THREADS).load(HALF)
+        elif next_slot is not None:
+            now = half_rows(next_slot, 0, THREADS).load(HALF)
+        half_rows(slot, 2 * block + 1, THREADS).store(right)
+        after = after + (sector,)
+    return after, now
+
+
+@gluon.jit
+def half_rows(slot, half: gl.constexpr, THREADS: gl.constexpr):
+    """Of as many rows at a time as there are threads, the left half or the right one."""
+    WORDS: gl.constexpr = slot.shape[1] // 2
+    return slot.slice(half // 2 * THREADS, THREADS).slice(half % 2 * WORDS, WORDS, dim=1)
+
+
+@gluon.jit
+def shifted(before, now, skip):
+    """(`now`, `skip` elements to the right behind the end of `before`; the last sector of `now`), in their layouts."""
+    ROWS: gl.constexpr = now.shape[0]
+    WORDS: gl.constexpr = now.shape[1]
+    here = column_parts(now, ROWS, WORDS, WORDS)
+    COLUMN: gl.constexpr = here[0].type.layout
+    words = ()
+    for word in gl.static_range(SECTOR_WORDS):
+        old = column_parts(before, ROWS, SECTOR_WORDS, SECTOR_WORDS)[word]
+        words = words + (gl.convert_layout(old, COLUMN, assert_trivial=True),)
+    words = words + here
+    sector = gl.convert_layout(side_by_side(words[WORDS:]), before.type.layout, assert_trivial=True)
+    skip = gl.convert_layout(skip, COLUMN, assert_trivial=True)
+    # What a word may still come from, ever fewer to the left of it: of 9 words, 5, 3, 2.
+    words = moved(words, 4, skip & 8 != 0)
+    words = moved(words, 2, skip & 4 != 0)
+    words = moved(words, 1, skip & 2 != 0)
+    chosen = gl.where(skip & 1 != 0, 0x5432, 0x7654)
+    found = ()
+    for word in gl.static_range(WORDS):
+        found = found + (four_bytes(words[word], words[word + 1], chosen),)
+    return gl.convert_layout(side_by_side(found), now.type.layout, assert_trivial=True), sector
+
+
+@gluon.jit
+def moved(words, BY: gl.constexpr, condition):
+    """Of words from the BY-th on, where `condition`, what lies BY words before."""
+    found = ()
+    for word in gl.static_range(BY, len(words)):
+        found = found + (gl.where(condition, words[word - BY], words[word]),)
+    return found
+
+
+@gluon.jit
+def side_by_side(columns):
+    """A tensor of such columns, a power of 2."""
+    if len(columns) == 1:
+        return columns[0]
+    else:
+        HALF: gl.constexpr = len(columns) // 2
+        ROWS: gl.constexpr = columns[0].shape[0]
+        halves = gl.join(side_by_side(columns[:HALF]), side_by_side(columns[HALF:]))
+        return halves.permute((0, 2, 1)).reshape((ROWS, 2 * HALF))
+
+
+@gluon.jit
+def clear(slot, left):
+    """Zeros from a slot's `left`-th column on, of as many rows at a time as there are registers for."""
+    ROWS: gl.constexpr = slot.shape[0]
+    AT_ONCE: gl.constexpr = 64
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    column = gl.expand_dims(gl.arange(0, slot.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
+    for first in gl.static_range(0, ROWS, AT_ONCE):
+        rows = slot.slice(first, AT_ONCE)
+        elements = rows.load(LAYOUT)
+        rows.store(gl.where(column < left, elements, gl.zeros_like(elements)))

@@ -63,7 +63,7 @@ int64_t tiles_of(int64_t size, int32_t tile) { return (size + tile - 1) >> __bui
 // The promises of a call that kernels may rely on: why each is broken, nullptr if it is kept. They depend on no config,
 // so that choose() looks once. aot/compile.py's hints() is the other side.
 struct Broken {
-  const char *strides, *loads, *out, *map;
+  const char *strides, *loads, *k, *out, *map;
   bool large;  // a size may be more than some kernel can take
 };
 
@@ -79,11 +79,10 @@ Broken broken(const Problem& p, Alignment pointers) {
     why.loads = "a pointer is not 16-byte aligned";
   } else if (why.strides) {
     why.loads = why.strides;
-  } else if (p.k % 8) {
-    why.loads = "K is not a multiple of 8";
   } else if (!on_16_bytes(p.stride_xm, p.x) || !on_16_bytes(p.stride_wn, p.weight)) {
     why.loads = "a row stride is not a multiple of 16 bytes";
   }
+  if (p.k % 8) why.k = "K is not a multiple of 8";
   if (!pointers.out) {
     why.out = "the result is not 16-byte aligned";
   } else if (p.n % 8) {
@@ -108,6 +107,7 @@ Broken broken(const Problem& p, Alignment pointers) {
   if (c.out_aligned && why.out) return why.out;
   if (!c.row_major) return nullptr;
   if (const char* loads = c.aligned ? why.loads : why.strides) return loads;
+  if (c.aligned && !c.tma && why.k) return why.k;  // a tensor map ends anywhere
   // Loops look some K steps ahead.
   const int64_t most_k = c.aligned ? kInt32 - 32 * c.tile_k : kShiftedK - 1;
   if (why.large && (p.m > kInt32 - c.tile_m || p.n > kInt32 - c.tile_n || p.k > most_k)) {
@@ -319,7 +319,7 @@ const Config* choose(const Problem& p, Alignment pointers, const Chip& chip) {
   }
   const Work w = work(p);
   // What relies on more than the call has is passed over at once; of the rest few calls break anything.
-  const bool rarely = why.large || why.map;
+  const bool rarely = why.large || why.map || why.k;
   for (int reliance = why.strides ? 3 : why.loads ? 2 : why.out ? 1 : 0; reliance < 4; ++reliance) {
     const Config* const end = kConfigs + rows.begins[reliance + 1];
     const auto able = [&](const Config* c) {  // the first from here on that can run

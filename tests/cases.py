@@ -65,6 +65,9 @@ LAYOUTS = (
     "expanded",  # x is one row, repeated with stride 0
     "transposed",  # x and weight are stored K-major
     "strided-weight",  # weight is a column window of a wider matrix
+    "padded-rows",  # x's and weight's rows start on 128 bytes, whatever K is
+    "padded-x",
+    "padded-weight",
 )
 
 
@@ -73,12 +76,16 @@ def shapes() -> tuple[tuple[int, int, int], ...]:
 
 
 def cases(layouts: tuple[str, ...] = LAYOUTS) -> Iterator[Case]:
-    """Every shape contiguous, and every other layout on an aligned and a ragged shape; float16 throughout."""
+    """Every shape contiguous, and every other layout on an aligned and a ragged shape, padded rows with a K off 8 too;
+    float16 throughout."""
     for m, n, k in shapes():
         yield Case(m, n, k)
     for layout in layouts[1:]:
         for m, n, k in ((128, 128, 128), (33, 47, 80)):
             yield Case(m, n, k, layout=layout)
+        if layout.startswith("padded"):
+            for m, n, k in ((300, 264, 203), (1, 128, 65), (40, 77, 1)):
+                yield Case(m, n, k, layout=layout)
 
 
 def of_class(case: Case, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, bool]) -> Case:
@@ -95,6 +102,8 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, layout: str, generator:
 
     if layout == "strided-rows":
         return draw(rows, columns + 48)[:, 16 : 16 + columns]
+    if layout in ("padded-rows", "padded-x"):
+        return draw(rows, -(-columns // 64) * 64)[:, :columns]
     if layout == "inner-stride":
         return draw(rows, 2 * columns)[:, ::2]
     if layout == "offset":
@@ -106,7 +115,10 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, layout: str, generator:
     return draw(rows, columns)
 
 
-WEIGHT_LAYOUT = {"offset": "offset", "transposed": "transposed", "strided-weight": "strided-rows"}
+WEIGHT_LAYOUT = {
+    "offset": "offset", "transposed": "transposed", "strided-weight": "strided-rows", "padded-rows": "padded-rows",
+    "padded-weight": "padded-rows",
+}  # fmt: skip
 
 
 def make(case: Case, device: str | torch.device = "cpu") -> Arguments:

@@ -37,6 +37,7 @@ PAIR = replace(WS, tile_m=256, cluster=2)
 PINGPONG = replace(WS, kernel="pingpong", epilogue_parts=4)
 RING = Config(90, "f16", "f16", "f16", False, True, 64, 64, 64, 8, 3, kernel="ring")
 SHIFT = replace(RING, aligned=False, warps=20, kernel="shift", out_aligned=False, any_rows=True)
+SHIFT_WS = replace(SHIFT, tile_m=128, tile_n=256, warps=12, stages=4, epilogue_parts=4, kernel="shift_ws")
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +218,9 @@ def test_a_kernel_knows_what_of_x_its_chips_l2_holds_and_how_soon_dram_brings_th
 
     chip = REFERENCE[90]
     assert chip.l2_holds < hopper.L2_BYTES.value < chip.l2_bytes
-    # A CTA's tile of 128x256, of one element of K, by the datasheet's clock, which load lowers.
-    tile_us = 2 * 128 * 256 * chip.sm_count / (chip.tflops(chip.wgmma_cycles) * 1e6)
-    assert 1 < hopper.DRAM_BYTES.value / (chip.dram_share * chip.sm_count * tile_us / 20) < 1.3
+    # A byte for each element of a CTA's tile, of one element of K, by the datasheet's clock, which load lowers.
+    element_us = 2 * chip.sm_count / (chip.tflops(chip.wgmma_cycles) * 1e6)
+    assert 1 < 1 / (chip.dram_share * chip.sm_count * element_us) < 1.3
 
 
 def test_a_float32_x_may_have_slots_and_barriers_of_its_own(tmp_path: Path) -> None:
@@ -248,6 +249,25 @@ def test_rows_that_start_anywhere_are_loaded_by_16_bytes_and_multiplied_from_sha
 
     with pytest.raises(CompilationError, match="a float32 x has twice the words"):
         compile.to_ptx(replace(SHIFT, x="f32"))
+
+
+def test_many_rows_that_start_anywhere_are_copied_by_16_bytes_and_shifted_in_their_slot(tmp_path: Path) -> None:
+    artifact = compile.build(SHIFT_WS, 90, tmp_path / "cubin")
+    report = artifact.report
+    assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
+    assert (
+        report.mma == 2 * 2 * SHIFT_WS.tile_k // 16 and not artifact.boxes
+    )  # of each consumer, a first step and others
+    assert SHIFT_WS.symbol == "lbg_fused_f16_f16_128x256x64_w12_s4_shift_ws_anyrows"
+    ptx, rows = compile.to_ptx(SHIFT_WS).ptx, SHIFT_WS.tile_m + SHIFT_WS.tile_n
+    # 16 rows of 128 bytes at a time; of a first step and of those after it; with masks and without.
+    assert ptx.count("cp.async.cg.shared.global") == 2 * 2 * rows // 16
+    # Of each thread's row the sector before it, masked; each other word of a step comes through shared memory, twice.
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * rows // 128
+    from triton import CompilationError
+
+    with pytest.raises(CompilationError, match="a float32 x has twice the words"):
+        compile.to_ptx(replace(SHIFT_WS, x="f32"))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +456,7 @@ def test_rows_that_start_on_16_bytes_are_all_that_is_promised() -> None:
     assert promised(replace(SMALL, out_aligned=False)) == loads
     for stores in (True, False):
         assert "stride_on" in compile.signature(replace(SMALL, out_aligned=stores))[1]
-    vectors = {"scale_ptr": 16, "shift_ptr": 16, "K": 8}
+    vectors = {"scale_ptr": 16, "shift_ptr": 16}  # a tensor map ends anywhere
     asked_for = {"weight_ptr": 16, "stride_wn": 8}  # of L2
     assert promised(WS) == vectors | {"N": 8, "stride_om": 8}
     assert promised(RING) == promised(WS) | {"out_ptr": 16} | asked_for
@@ -459,6 +479,7 @@ def test_rows_that_start_anywhere_promise_their_inner_strides_alone() -> None:
     types, constants, hints = compile.signature(replace(SMALL, aligned=False, out_aligned=False, any_rows=True))
     assert {name: constants[name] for name in compile.UNIT_STRIDES} == dict.fromkeys(compile.UNIT_STRIDES, 1)
     assert types["M"] == "i32" and constants["LOADS"] == "shifted" and not hints
+    assert not compile.signature(SHIFT_WS)[2]
 
 
 @pytest.mark.parametrize("config", [WS, RING], ids=lambda config: config.kernel)

@@ -241,6 +241,17 @@ def test_folded_anew_for_another_compute_dtype() -> None:
     assert Module(16, 24, compute_dtype=BF16).eval()._forward_fused(batch()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("features", [8, 20, 83])
+def test_rows_of_the_kept_weight_start_on_16_bytes(features: int) -> None:
+    ours = Module(features, 24, dtype=torch.float16).eval()
+    with torch.no_grad():
+        ours._forward_fused(torch.randn(3, features).half())
+    kept = ours._folded
+    assert kept is not None and torch.equal(kept.weight, ours.gemm.weight)
+    assert kept.weight.stride(0) % 8 == 0 and kept.weight.stride(1) == 1
+    assert (kept.weight.data_ptr() == ours.gemm.weight.data_ptr()) is (features % 8 == 0), "copied without need, or not"
+
+
 def test_parameters_made_under_inference_mode_are_never_stale() -> None:
     with torch.inference_mode():
         ours = module()

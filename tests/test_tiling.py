@@ -42,7 +42,7 @@ class Launch:
             num_programs=lambda axis: self.ctas,
             program_id=lambda axis: self.cta,
         )
-        constants = {name: getattr(hopper, name).value for name in ("DRAM_BYTES", "FEW_COLUMNS", "L2_BYTES")}
+        constants = {name: getattr(hopper, name).value for name in ("FEW_COLUMNS", "L2_BYTES")}
         self.names: dict[str, Any] = {"gl": gl, "tl": gl, **constants}
         for helper in HELPERS:
             self.names[helper.fn.__name__] = self.python(helper)
@@ -51,7 +51,7 @@ class Launch:
         return FunctionType(function.fn.__code__, self.names)
 
     def narrow(self, m: int, n: int, tile_m: int, tile_n: int, pieces: int, k: int = 64, x_bytes: int = 2) -> int:
-        return self.names["narrow_columns"](m, n, k, x_bytes, tile_m, tile_n, pieces)
+        return self.names["narrow_columns"](m, n, k, x_bytes, tile_m, tile_n, max(1, tile_m // 128), pieces)
 
     def tiling(self, m: int, n: int, tile_m: int, tile_n: int, pieces: int) -> Any:
         """A Tiling, but for K."""
@@ -124,6 +124,8 @@ def test_narrow_last_columns_are_pieces_if_they_take_no_longer() -> None:
         (10807, 64, 4936, 4, 4), (4096, 4104, 4096, 4, 4), (60000, 4104, 4096, 4, 1)
     ):  # fmt: skip
         assert Launch(66).narrow(m, n, 256, 256, 4, k, x_bytes) == pieces, (m, n, k)
+    # Tiles of half the elements take half the time, in which half of those bytes come: of twice they were pieces.
+    assert [Launch(132).narrow(4768, 400, 128, 128, 4, k, 4) for k in (512, 8000)] == [4, 1]
     # 16 CTAs have no tile in the last wave, and each has the time for two quarters, if the kernel cuts any.
     launch = Launch(132)
     assert [launch.narrow(4096, 4104, 128, 256, pieces) for pieces in (4, 2, 1)] == [4, 1, 1]

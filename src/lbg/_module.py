@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lbg._ops import fold, fused, vector_jacobian
 
+LINE_BYTES = 128  # of L2
+
 
 class LinearBatchNormGELUReLU(nn.Module):
     """relu(gelu(batch_norm(linear(x)))): `nn.Linear`, `nn.BatchNorm1d`, exact GELU, ReLU.
@@ -149,7 +151,7 @@ class _Folded:
         if weight is None or mean is None or var is None:
             raise ValueError("batch_norm has no running statistics (track_running_stats=False), so it cannot be folded")
         with torch.no_grad():
-            self.weight = weight.to(dtype).contiguous()
+            self.weight = _on_lines(weight.to(dtype))
             self.scale, self.shift = fold(bias, mean, var, gamma, beta, self._eps)
 
     def holds(self, module: LinearBatchNormGELUReLU, dtype: torch.dtype) -> bool:
@@ -159,6 +161,18 @@ class _Folded:
             now is then and identity is not None and _identity(now) == identity
             for now, then, identity in zip(_watched(module), self._watched, self._identities)
         )
+
+
+def _on_lines(weight: Tensor) -> Tensor:
+    """A 16-bit weight whose rows start on 16 bytes as it is, any other as a view of rows that start on LINE_BYTES: the
+    kernels for rows that start anywhere then have x's alone to shift."""
+    if weight.shape[1] % 8 == 0:
+        return weight.contiguous()
+    elements = LINE_BYTES // weight.element_size()
+    rows = weight.new_zeros(weight.shape[0], -(-weight.shape[1] // elements) * elements)
+    view = rows[:, : weight.shape[1]]
+    view.copy_(weight)
+    return view
 
 
 class _Differentiable(torch.autograd.Function):

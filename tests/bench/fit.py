@@ -47,7 +47,7 @@ BENCHMARKS = tuple((shape.m, shape.n, shape.k) for shape in SHAPES) + (
 # The same of K off 8, as layers of a few hundred columns have.
 ODD_BENCHMARKS = (
     *((m, 4096, k) for m in (1, 16, 64, 256, 1024, 4096) for k in (4090, 4095)),
-    (256, 1024, 300), (4096, 1024, 300), (256, 512, 100), (4096, 512, 100), (1024, 1000, 250),
+    (256, 1024, 300), (4096, 1024, 300), (256, 512, 100), (4096, 512, 100), (1024, 1000, 250), (16384, 1024, 479),
 )  # fmt: skip
 COMMAND = "python -m tests.bench.fit --fit"
 LONGEST = 16384

@@ -301,7 +301,7 @@ class Rows:
         row = gl.expand_dims(row, 1)
         skip = gl.expand_dims(skip, 1)
         column = skip - 16 + word // 4 * 8  # in which every 16 bytes begin
-        in_row = (column > -8) & (column < self.K)
+        in_row = (column > -8) & (gl.maximum(column, 0) < self.K)  # which may be 0
         sectors = ()
         for block in gl.static_range(0, ROWS, THREADS):
             here = in_row & (row < self.count - first - block)

@@ -21,7 +21,8 @@ copies from a 16-byte boundary on asked L2 for half as many bytes again, and it 
 before that comes from the step before, whose last sector a thread keeps for each of its rows. Shared memory is then
 what bounds it: of each 128x256x64 step's 1024 cycles of wgmma it moves 230 KB, where an SM can move 128. An operand
 all of whose rows start on sectors stays as it was copied. On an H100 4096x4096x4095 takes 360 us, 604 with the tiles
-of aot/kernels.py that it stands in for, and 184 with rows that start on 16 bytes, which the TMA unit loads.
+of aot/kernels.py that it stands in for, and 184 with rows that start on 16 bytes, which the TMA unit loads (of builds
+with any of these; no command here makes them again).
 """
 
 from triton.experimental import gluon
@@ -398,7 +399,7 @@ def words_of(slots, stage):
 
 @gluon.jit
 def copy_rows(slot, operand, lines, first, k):
-    """Of one operand's rows, the first at `first`: what lies from the boundary on, k further."""
+    """Starts the copies of one operand's rows from `first` on: of what lies k columns past their boundaries."""
     ROWS: gl.constexpr = slot.shape[0]
     WORDS: gl.constexpr = slot.shape[1]
     LAYOUT: gl.constexpr = words_layout(WORDS, gl.num_warps())
@@ -465,7 +466,7 @@ def shifted(before, now, skip):
         old = column_parts(before, ROWS, SECTOR_WORDS, SECTOR_WORDS)[word]
         words = words + (gl.convert_layout(old, COLUMN, assert_trivial=True),)
     words = words + here
-    sector = gl.convert_layout(side_by_side(words[WORDS:]), before.type.layout, assert_trivial=True)
+    sector = gl.convert_layout(side_by_side(here[WORDS - SECTOR_WORDS :]), before.type.layout, assert_trivial=True)
     skip = gl.convert_layout(skip, COLUMN, assert_trivial=True)
     # What a word may still come from, ever fewer to the left of it: of 9 words, 5, 3, 2.
     words = moved(words, 4, skip & 8 != 0)

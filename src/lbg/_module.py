@@ -17,9 +17,10 @@ class LinearBatchNormGELUReLU(nn.Module):
     """relu(gelu(batch_norm(linear(x)))): `nn.Linear`, `nn.BatchNorm1d`, exact GELU, ReLU.
 
     In eval mode on CUDA it is one kernel launch; in training mode and on the CPU it is the PyTorch modules. The weight
-    in 16 bits and the folded BatchNorm are kept, and made anew when a parameter or a running statistic has changed
-    (by an optimizer step, load_state_dict, .to(), any in-place operation). Writes through `tensor.data` alone leave no
-    trace that PyTorch shows: call `refold` after them.
+    in 16 bits (a copy of its own where it is made of another dtype, or in_features is no multiple of 8) and the folded
+    BatchNorm are kept, and made anew when a parameter or a running statistic has changed (by an optimizer step,
+    load_state_dict, .to(), any in-place operation). Writes through `tensor.data` alone leave no trace that PyTorch
+    shows: call `refold` after them.
 
     state_dict keys: gemm.weight, gemm.bias, batch_norm.weight, .bias, .running_mean, .running_var,
     .num_batches_tracked.
@@ -164,8 +165,8 @@ class _Folded:
 
 
 def _on_lines(weight: Tensor) -> Tensor:
-    """A 16-bit weight whose rows start on 16 bytes as it is, any other as a view of rows that start on LINE_BYTES: the
-    kernels for rows that start anywhere then have x's alone to shift."""
+    """A 16-bit weight itself, if its rows start on 16 bytes; else a copy whose rows start on LINE_BYTES, so that the
+    kernels for rows that start anywhere have those of x alone to shift."""
     if weight.shape[1] % 8 == 0:
         return weight.contiguous()
     elements = LINE_BYTES // weight.element_size()

@@ -20,7 +20,7 @@ from typing import Any
 
 from aot import BuildError, sass
 from aot.chips import LIMITS, REFERENCE
-from aot.configs import ELEMENT_BYTES, FP16_CHUNK, Config, ctas_per_sm
+from aot.configs import BY_TENSOR_MAPS, ELEMENT_BYTES, FP16_CHUNK, SHIFTING, Config, ctas_per_sm
 from aot.sass import Instruction
 
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info holds the folder that was built in
@@ -36,8 +36,8 @@ MOST_OTHER_SLOTS = 0.5
 SOURCES: dict[str, tuple[str, ...]] = {
     "tile": (),
     "async": ("ada.py",),
-    **dict.fromkeys(("ring", "ws", "pingpong"), ("hopper.py",)),
-    **dict.fromkeys(("shift", "shift_ws"), ("hopper.py", "unaligned.py")),
+    **dict.fromkeys(BY_TENSOR_MAPS, ("hopper.py",)),
+    **dict.fromkeys(SHIFTING, ("hopper.py", "unaligned.py")),
 }
 
 TRITON_TYPES = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
@@ -239,20 +239,20 @@ def to_ptx(config: Config) -> Compiled:
     types, constants, hints = signature(config)
     options = {"num_warps": config.program_warps, "enable_fp_fusion": True, "ptx_version": PTX_VERSION}
     options |= {"num_ctas": config.cluster}
-    if config.tma:
-        kernel = hopper.lbg_fused_ws if config.persistent else hopper.lbg_fused_ring
-        source = GluonASTSource(fn=kernel, signature=types, constexprs=constants, attrs=hints)
-        options |= {"maxnreg": hopper.WS_REGISTERS} if config.persistent else {}
-    elif config.kernel == "shift":
-        source = GluonASTSource(fn=unaligned.lbg_fused_shift, signature=types, constexprs=constants, attrs=hints)
-    elif config.kernel == "shift_ws":
-        source = GluonASTSource(fn=unaligned.lbg_fused_shift_ws, signature=types, constexprs=constants, attrs=hints)
-        options |= {"maxnreg": hopper.WS_REGISTERS}
-    elif config.kernel == "async":
-        source = GluonASTSource(fn=ada.lbg_fused_async, signature=types, constexprs=constants, attrs=hints)
-    else:
+    options |= {"maxnreg": hopper.WS_REGISTERS} if config.persistent else {}
+    if config.kernel == "tile":
         source = ASTSource(fn=kernels.lbg_fused, signature=types, constexprs=constants, attrs=hints)
         options |= {"num_stages": 1 if config.any_rows else config.stages}  # which looks a step ahead itself
+    else:
+        in_gluon = {
+            "async": ada.lbg_fused_async,
+            "ring": hopper.lbg_fused_ring,
+            "ws": hopper.lbg_fused_ws,
+            "pingpong": hopper.lbg_fused_ws,
+            "shift": unaligned.lbg_fused_shift,
+            "shift_ws": unaligned.lbg_fused_shift_ws,
+        }
+        source = GluonASTSource(fn=in_gluon[config.kernel], signature=types, constexprs=constants, attrs=hints)
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache  # ours is keyed by content and holds the report too
         compiled = triton.compile(source, target=GPUTarget("cuda", config.arch, 32), options=options)

@@ -25,6 +25,8 @@ DTYPES = tuple(
 FP16_CHUNK = 64  # products that fp16_accumulate sums in float16; aot/kernels.py has the same
 
 PERSISTENT = ("ws", "pingpong", "shift_ws")  # kernels whose CTAs walk the tiles
+BY_TENSOR_MAPS = ("ring", "ws", "pingpong")  # aot/hopper.py's
+SHIFTING = ("shift", "shift_ws")  # aot/unaligned.py's
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,12 @@ class Config:
     @property
     def tma(self) -> bool:
         """Whether its operands come through tensor maps, which the launcher makes."""
-        return self.kernel in ("ring", "ws", "pingpong")
+        return self.kernel in BY_TENSOR_MAPS
 
     @property
     def has_roles(self) -> bool:
         """Whether some of its warps load and others multiply."""
-        return self.tma or self.kernel in ("shift", "shift_ws")
+        return self.tma or self.kernel in SHIFTING
 
     @property
     def persistent(self) -> bool:
@@ -108,7 +110,7 @@ class Config:
     @property
     def program_warps(self) -> int:
         """Warps that run an instruction of the part that multiplies and stores."""
-        if self.persistent or self.kernel == "shift":
+        if self.persistent or self.kernel in SHIFTING:
             return 4
         return self.warps - 4 * (self.kernel == "ring")
 

@@ -460,11 +460,11 @@ def shifted(before, now, skip):
     ROWS: gl.constexpr = now.shape[0]
     WORDS: gl.constexpr = now.shape[1]
     here = column_parts(now, ROWS, WORDS, WORDS)
+    old = column_parts(before, ROWS, SECTOR_WORDS, SECTOR_WORDS)
     COLUMN: gl.constexpr = here[0].type.layout
     words = ()
     for word in gl.static_range(SECTOR_WORDS):
-        old = column_parts(before, ROWS, SECTOR_WORDS, SECTOR_WORDS)[word]
-        words = words + (gl.convert_layout(old, COLUMN, assert_trivial=True),)
+        words = words + (gl.convert_layout(old[word], COLUMN, assert_trivial=True),)
     words = words + here
     sector = gl.convert_layout(side_by_side(here[WORDS - SECTOR_WORDS :]), before.type.layout, assert_trivial=True)
     skip = gl.convert_layout(skip, COLUMN, assert_trivial=True)

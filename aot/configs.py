@@ -190,10 +190,10 @@ class Tile:
 GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
 # Rows of x and weight that start anywhere, with inner strides of 1 (aot/kernels.py's shifted loads): by arch, by x's
 # dtype being float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in
-# registers while the one's before are multiplied. Of a float32 x, sm_90's are the best of 14 tiles on an H100, the
-# largest of which would spill on sm_89, and 128x128 besides for shapes of too few larger tiles. A 16-bit x has
-# aot/unaligned.py's but for few rows: beside those, calls of its classes took no less time with 256x128 and 128x128,
-# the best of 18 others, at 480 random shapes. No command here makes those comparisons again.
+# registers while the one's before are multiplied. sm_90 has aot/unaligned.py's but for few rows: beside those, calls of
+# a 16-bit x took no less time with 256x128 and 128x128, the best of 18 others, at 480 random shapes, and of a float32 x
+# those take 0.6 to 0.9 of what 128x256, 128x128 and 128x64, the best of 14 others, took from 64 rows on. No command
+# here makes those comparisons again.
 ANY_ROWS = {
     (89, False, False): (
         Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 256, 4, 2)
@@ -208,7 +208,8 @@ ANY_ROWS = {
         Tile(64, 64, 64, 20, 4, kernel="shift"), Tile(64, 32, 64, 20, 8, kernel="shift"), Tile(16, 32, 256, 4, 2)
     ),
     (90, True, False): (
-        Tile(128, 256, 32, 8, 2, 4), Tile(128, 128, 32, 8, 2, 4), Tile(128, 64, 64, 8, 2, 2),
+        Tile(128, 256, 64, 12, 3, 8, kernel="shift_ws"), Tile(128, 128, 64, 12, 4, 2, kernel="shift_ws"),
+        Tile(64, 64, 64, 20, 4, kernel="shift"), Tile(64, 32, 64, 20, 8, kernel="shift"),
         Tile(32, 32, 128, 4, 2), Tile(16, 32, 128, 4, 2)
     ),
 }  # fmt: skip

@@ -1028,7 +1028,9 @@ def finish_parts(
     PARTS: gl.constexpr = acc.shape[1] // COLUMNS
     PART: gl.constexpr = accumulator_layout(COLUMNS, gl.num_warps(), gl.num_ctas())
     SPLIT: gl.constexpr = split_rows(gl.num_ctas())
-    LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, LANES], [gl.num_warps(), 1], [1, 0], cga_layout=SPLIT)
+    ALONG_N: gl.constexpr = min(LANES, COLUMNS)
+    LANE: gl.constexpr = [LANES // ALONG_N, ALONG_N]
+    LINES: gl.constexpr = gl.BlockedLayout([1, 1], LANE, [gl.num_warps(), 1], [1, 0], cga_layout=SPLIT)
     parts = column_parts(acc, ROWS, COLUMNS * PARTS, PARTS)
     for part in gl.static_range(PARTS):
         part_n = first_n + (first + part) * COLUMNS

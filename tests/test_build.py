@@ -25,7 +25,18 @@ import build
 from aot import BuildError, compile, costs, emit, model, package, rules
 from aot.candidates import BARRIER_BYTES
 from aot.chips import FULL_RATE, LIMITS, REFERENCE
-from aot.configs import ARCHS, CONFIGS, DTYPES, FP16_CHUNK, Config, check_classes, class_of, ctas_per_sm, regime
+from aot.configs import (
+    ARCHS,
+    CONFIGS,
+    DTYPES,
+    ELEMENT_BYTES,
+    FP16_CHUNK,
+    Config,
+    check_classes,
+    class_of,
+    ctas_per_sm,
+    regime,
+)
 
 SMALL = Config(89, "f16", "f16", "f16", False, True, 16, 64, 64, 4, 3)
 LARGE = Config(89, "f16", "f16", "f16", False, True, 128, 256, 64, 4, 3)
@@ -234,40 +245,47 @@ def test_a_float32_x_may_have_slots_and_barriers_of_its_own(tmp_path: Path) -> N
     assert apart.symbol.endswith("_s5x4_ring")
 
 
-def test_rows_that_start_anywhere_are_loaded_by_16_bytes_and_multiplied_from_shared_memory(tmp_path: Path) -> None:
-    artifact = compile.build(SHIFT, 90, tmp_path / "cubin")
+@pytest.mark.parametrize("x", ["f16", "f32"], ids=["float16 x", "float32 x"])
+def test_rows_that_start_anywhere_are_loaded_by_16_bytes_and_multiplied_from_shared_memory(
+    x: str, tmp_path: Path
+) -> None:
+    config = replace(SHIFT, x=x)
+    artifact = compile.build(config, 90, tmp_path / "cubin")
     report = artifact.report
     assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
-    assert report.mma == SHIFT.tile_k // 16 == report.loop_mix["matrix"] and not artifact.boxes
-    operands = SHIFT.stages * 2 * SHIFT.tile_k * (SHIFT.tile_m + SHIFT.tile_n)
-    assert 0 <= report.shared_bytes - operands - 2 * SHIFT.tile_m * SHIFT.tile_n < BARRIER_BYTES
-    assert SHIFT.symbol == "lbg_fused_f16_f16_64x64x64_w20_s3_shift_anyrows"
-    ptx = compile.to_ptx(SHIFT).ptx
-    # Of each group, twice a thread's rows of x and of weight, for its first step and for each after it.
-    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * 2 * 2 * (SHIFT.tile_m + SHIFT.tile_n) * 8 // 256
-    from triton import CompilationError
-
-    with pytest.raises(CompilationError, match="a float32 x has twice the words"):
-        compile.to_ptx(replace(SHIFT, x="f32"))
+    assert report.mma == config.tile_k // 16 == report.loop_mix["matrix"] and not artifact.boxes
+    operands = config.stages * 2 * config.tile_k * (config.tile_m + config.tile_n)  # a float32 x is in 16 bits there
+    assert 0 <= report.shared_bytes - operands - 2 * config.tile_m * config.tile_n < BARRIER_BYTES
+    assert config.symbol == f"lbg_fused_{'f16' if x == 'f16' else 'f32asf16'}_f16_64x64x64_w20_s3_shift_anyrows"
+    ptx, lines = compile.to_ptx(config).ptx, config.tile_m * ELEMENT_BYTES[x] // 2 + config.tile_n
+    # Of each group, twice a thread's part of x and of weight, for its first step and for each after it.
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * 2 * 2 * lines * 8 // 256
 
 
-def test_many_rows_that_start_anywhere_are_copied_by_16_bytes_and_shifted_in_their_slot(tmp_path: Path) -> None:
-    artifact = compile.build(SHIFT_WS, 90, tmp_path / "cubin")
+@pytest.mark.parametrize(
+    ("config", "symbol"),
+    [
+        (SHIFT_WS, "lbg_fused_f16_f16_128x256x64_w12_s4_shift_ws_anyrows"),
+        (
+            replace(SHIFT_WS, x="f32", stages=3, epilogue_parts=8),
+            "lbg_fused_f32asf16_f16_128x256x64_w12_s3_shift_ws_anyrows",
+        ),
+    ],
+    ids=["float16 x", "float32 x"],
+)
+def test_many_rows_that_start_anywhere_are_copied_by_16_bytes_and_shifted_in_their_slot(
+    config: Config, symbol: str, tmp_path: Path
+) -> None:
+    artifact = compile.build(config, 90, tmp_path / "cubin")
     report = artifact.report
     assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
-    assert (
-        report.mma == 2 * 2 * SHIFT_WS.tile_k // 16 and not artifact.boxes
-    )  # of each consumer, a first step and others
-    assert SHIFT_WS.symbol == "lbg_fused_f16_f16_128x256x64_w12_s4_shift_ws_anyrows"
-    ptx, rows = compile.to_ptx(SHIFT_WS).ptx, SHIFT_WS.tile_m + SHIFT_WS.tile_n
-    # 16 rows of 128 bytes at a time; of a first step and of those after it; with masks and without.
-    assert ptx.count("cp.async.cg.shared.global") == 2 * 2 * rows // 16
+    assert report.mma == 2 * 2 * config.tile_k // 16 and not artifact.boxes  # of each consumer, a first step and others
+    assert config.symbol == symbol
+    ptx, lines = compile.to_ptx(config).ptx, config.tile_m * ELEMENT_BYTES[config.x] // 2 + config.tile_n
+    # 16 rows' 128 bytes at a time; of a first step and of those after it; with masks and without.
+    assert ptx.count("cp.async.cg.shared.global") == 2 * 2 * lines // 16
     # Of each thread's row the sector before it, masked; each other word of a step comes through shared memory, twice.
-    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * rows // 128
-    from triton import CompilationError
-
-    with pytest.raises(CompilationError, match="a float32 x has twice the words"):
-        compile.to_ptx(replace(SHIFT_WS, x="f32"))
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * (config.tile_m + config.tile_n) // 128
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,11 @@ class Config:
         return self.tile_m // self.cluster
 
     @property
+    def multiplied_rows(self) -> int:
+        """The same, with what is multiplied besides and not stored: wgmma takes 64 rows."""
+        return max(self.cta_rows, 64) if self.kernel == "shift" else self.cta_rows
+
+    @property
     def x_boxes(self) -> int:
         """ws: loads of a step's x. In a cluster each consumer has its own, half of whose rows are each CTA's."""
         return self.consumers if self.cluster > 1 else 1
@@ -151,13 +156,14 @@ class Config:
 
     @property
     def tiles_at_once(self) -> int:
-        """Tiles that a CTA's consumers hold, as far as they are the CTA's."""
-        return self.consumers * self.consumer_rows // self.cta_rows
+        """Tiles that a CTA's consumers hold, as far as they are the CTA's; of one of fewer rows than are multiplied, as
+        many as would fit."""
+        return self.consumers * self.consumer_rows * self.multiplied_rows // self.cta_rows**2
 
     @property
     def tile_products(self) -> int:
         """Multiplications of a CTA's K step."""
-        return self.cta_rows * self.tile_n * self.tile_k
+        return self.multiplied_rows * self.tile_n * self.tile_k
 
     @property
     def tile(self) -> str:
@@ -210,7 +216,7 @@ ANY_ROWS = {
     (90, True, False): (
         Tile(128, 256, 64, 12, 3, 8, kernel="shift_ws"), Tile(128, 128, 64, 12, 4, 2, kernel="shift_ws"),
         Tile(64, 64, 64, 20, 4, kernel="shift"), Tile(64, 32, 64, 20, 8, kernel="shift"),
-        Tile(32, 32, 128, 4, 2), Tile(16, 32, 128, 4, 2)
+        Tile(16, 32, 64, 20, 8, kernel="shift"), Tile(16, 32, 128, 4, 2)
     ),
 }  # fmt: skip
 # Arches whose matrix units are faster at fp16 accumulation. Elsewhere fp16_accumulate permits what would gain nothing,

@@ -48,6 +48,7 @@ from aot.kernels import column_parts, four, symbol, tile_position
 
 GROUPS = gl.constexpr(2)
 GROUP_WARPS = gl.constexpr(8)
+LEAST_ROWS = gl.constexpr(64)  # that wgmma multiplies
 NOWHERE = gl.constexpr(1 << 30)  # a column past every K (csrc/dispatch.cpp's kShiftedK)
 
 
@@ -81,16 +82,18 @@ def lbg_fused_shift(
     first_m = full_box(tile_m * TILE_M, M, TILE_M)
     first_n = full_box(tile_n * TILE_N, N, TILE_N)
     full, empty = allocate_barriers(STAGES, 1, 1)
-    x_ring = Ring(allocate_rows(dtype, STAGES, TILE_M, TILE_K), full, empty, TILE_K, STAGES)
+    x_slots = allocate_rows(dtype, STAGES, max(TILE_M, LEAST_ROWS), TILE_K)
+    x_ring = Ring(x_slots, full, empty, TILE_K, STAGES)
     weight_ring = Ring(allocate_rows(dtype, STAGES, TILE_N, TILE_K), full, empty, TILE_K, STAGES)
     x = (x_ptr, stride_xm, first_m, M)
     weight = (weight_ptr, stride_wn, first_n, N)
+    rows = gl.minimum(M, first_m + TILE_M)  # past a tile's own rows a slot is as it was
     result = (scale_ptr, shift_ptr, out_ptr, stride_om)
     gl.warp_specialize(
         [
-            (ring_tile, (x_ring, weight_ring, result, first_m, first_n, M, N, K, 0, False)),
-            (shift_steps, (0, x_ring, weight_ring, x, weight, K)),
-            (shift_steps, (1, x_ring, weight_ring, x, weight, K)),
+            (ring_tile, (x_ring, weight_ring, result, first_m, first_n, rows, N, K, 0, False)),
+            (shift_steps, (0, x_ring, weight_ring, x, weight, K, TILE_M)),
+            (shift_steps, (1, x_ring, weight_ring, x, weight, K, TILE_M)),
         ],
         [GROUP_WARPS, GROUP_WARPS],
     )
@@ -103,13 +106,13 @@ def allocate_rows(dtype: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
 
 
 @gluon.jit
-def shift_steps(WHO: gl.constexpr, x_ring, weight_ring, x, weight, K):
+def shift_steps(WHO: gl.constexpr, x_ring, weight_ring, x, weight, K, TILE_M: gl.constexpr):
     """Brings in one group's steps of both operands, K ascending. Its next step's are loaded as soon as this one's have
     left their registers: the weight first, which is longer on its way. With x first a float32 one took 48.7 us for 31.5
     at 64x4096x4095, a float16 one 28.3 for 26.9."""
     TILE_K: gl.constexpr = x_ring.TILE_K
-    x_rows = rows_of(x, x_ring)
-    weight_rows = rows_of(weight, weight_ring)
+    x_rows = rows_of(x, TILE_M, TILE_K)
+    weight_rows = rows_of(weight, weight_ring.slots.shape[1], TILE_K)
     weight_words = load_words(weight_rows, weight_ring, K - WHO * TILE_K, WHO * TILE_K)
     x_words = load_words(x_rows, x_ring, K - WHO * TILE_K, WHO * TILE_K)
     step = WHO
@@ -133,15 +136,14 @@ def words_layout(words, warps):
 
 
 @gluon.jit
-def rows_of(operand, ring):
+def rows_of(operand, ROWS: gl.constexpr, TILE_K: gl.constexpr):
     """Of a tile's rows: pointers to the words of 4 bytes from the last 16-byte boundary on, the column in which every
     16 bytes of them begin, and how many elements of a row's first 16 bytes are not the row's yet.
 
     What is read beside a row lies in 16 bytes that hold an element of it. Rows past the edge have no columns.
     """
     ptr, stride, first, rows = operand
-    ROWS: gl.constexpr = ring.slots.shape[1]
-    WORDS: gl.constexpr = ring.TILE_K * element_bytes(ptr) // 4
+    WORDS: gl.constexpr = TILE_K * element_bytes(ptr) // 4
     VECTOR: gl.constexpr = elements_in(16, ptr)
     LAYOUT: gl.constexpr = words_layout(WORDS, gl.num_warps())
     row = first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
@@ -194,7 +196,7 @@ def store_shifted(ring, stage, words, rows, left):
         here = left - PER_WORD * gl.expand_dims(gl.arange(0, WORDS, gl.SliceLayout(0, shifted.type.layout)), 0)
         kept = gl.where(here >= PER_WORD, -1, gl.where(here == 1, 0xFFFF, 0))
         shifted &= kept.to(gl.uint32, bitcast=True)
-    slot = ring.slots.index(stage)
+    slot = ring.slots.index(stage).slice(0, ROWS)
     if PER_WORD == 2:
         slot.reinterpret(gl.uint32, (ROWS, WORDS), of_words(slot.layout)).store(shifted)
     else:

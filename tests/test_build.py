@@ -245,21 +245,25 @@ def test_a_float32_x_may_have_slots_and_barriers_of_its_own(tmp_path: Path) -> N
     assert apart.symbol.endswith("_s5x4_ring")
 
 
+@pytest.mark.parametrize("tile_m", [64, 16])
 @pytest.mark.parametrize("x", ["f16", "f32"], ids=["float16 x", "float32 x"])
 def test_rows_that_start_anywhere_are_loaded_by_16_bytes_and_multiplied_from_shared_memory(
-    x: str, tmp_path: Path
+    x: str, tile_m: int, tmp_path: Path
 ) -> None:
-    config = replace(SHIFT, x=x)
+    config = replace(SHIFT, x=x, tile_m=tile_m)
     artifact = compile.build(config, 90, tmp_path / "cubin")
     report = artifact.report
     assert (report.stores_per_output, report.stores_in_loop, report.spill_bytes) == (1, 0, 0), report
     assert report.mma == config.tile_k // 16 == report.loop_mix["matrix"] and not artifact.boxes
-    operands = config.stages * 2 * config.tile_k * (config.tile_m + config.tile_n)  # a float32 x is in 16 bits there
-    assert 0 <= report.shared_bytes - operands - 2 * config.tile_m * config.tile_n < BARRIER_BYTES
-    assert config.symbol == f"lbg_fused_{'f16' if x == 'f16' else 'f32asf16'}_f16_64x64x64_w20_s3_shift_anyrows"
-    ptx, lines = compile.to_ptx(config).ptx, config.tile_m * ELEMENT_BYTES[x] // 2 + config.tile_n
+    # A slot has the 64 rows that wgmma takes, and a float32 x is in 16 bits there.
+    operands = config.stages * 2 * config.tile_k * (64 + config.tile_n)
+    assert 0 <= report.shared_bytes - operands - 2 * 64 * config.tile_n < BARRIER_BYTES
+    dtypes = "f16" if x == "f16" else "f32asf16"
+    assert config.symbol == f"lbg_fused_{dtypes}_f16_{tile_m}x64x64_w20_s3_shift_anyrows"
+    ptx, vectors = compile.to_ptx(config).ptx, (tile_m * ELEMENT_BYTES[x] * 4, config.tile_n * 8)
     # Of each group, twice a thread's part of x and of weight, for its first step and for each after it.
-    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * 2 * 2 * lines * 8 // 256
+    loads = sum(max(1, size // 256) for size in vectors)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * 2 * 2 * loads
 
 
 @pytest.mark.parametrize(

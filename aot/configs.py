@@ -197,9 +197,9 @@ GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
 # Rows of x and weight that start anywhere, with inner strides of 1 (aot/kernels.py's shifted loads): by arch, by x's
 # dtype being float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in
 # registers while the one's before are multiplied. sm_90 has aot/unaligned.py's but for few rows: beside those, calls of
-# a 16-bit x took no less time with 256x128 and 128x128, the best of 18 others, at 480 random shapes, and of a float32 x
-# those take 0.6 to 0.9 of what 128x256, 128x128 and 128x64, the best of 14 others, took from 64 rows on. No command
-# here makes those comparisons again.
+# a 16-bit x took no less time with 256x128 and 128x128, the best of 18 others, at 480 random shapes; with a float32 x
+# they take 0.5 to 0.85 of the time that the best of 14 others did at N=4096, K=4095. No command here makes those
+# comparisons again.
 ANY_ROWS = {
     (89, False, False): (
         Tile(128, 128, 64, 8, 2, 4), Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 256, 4, 2)

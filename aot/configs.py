@@ -158,7 +158,7 @@ class Config:
     def tiles_at_once(self) -> int:
         """Tiles that a CTA's consumers hold, as far as they are the CTA's; of one of fewer rows than are multiplied, as
         many as would fit."""
-        return self.consumers * self.consumer_rows * self.multiplied_rows // self.cta_rows**2
+        return max(self.consumers * self.consumer_rows, self.multiplied_rows) // self.cta_rows
 
     @property
     def tile_products(self) -> int:
@@ -198,7 +198,7 @@ GENERIC = {False: Tile(64, 64, 32, 4, 2), True: Tile(32, 64, 64, 4, 2)}
 # dtype being float32, and by fp16_accumulate, whose K steps are its chunks. 2 stages: a step's operands are in
 # registers while the one's before are multiplied. sm_90 has aot/unaligned.py's but for few rows: beside those, calls of
 # a 16-bit x took no less time with 256x128 and 128x128, the best of 18 others, at 480 random shapes; with a float32 x
-# they take 0.5 to 0.85 of the time that the best of 14 others did at N=4096, K=4095. No command here makes those
+# they take 0.46 to 0.85 of the time that the best of 14 others did at N=4096, K=4095. No command here makes those
 # comparisons again.
 ANY_ROWS = {
     (89, False, False): (
